@@ -1,0 +1,47 @@
+"""What a trainer is given at each micro-step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from diffalign.conditioning import Conditioning
+from diffalign.randomness import Draw
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """Preference pairs as latents, ready for the network.
+
+    Fields:
+        chosen, rejected: latents `[B, C, H, W]`, float32, scaled as the network expects.
+        conditioning_chosen, conditioning_rejected: one row per pair.
+        preference: `[B]` probability that `chosen` is really preferred: 1, or 0.5 for a kept tie.
+        weight: `[B]` factor on each pair's loss.
+        draw: which records these are; every random number of the step comes from it.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    conditioning_chosen: Conditioning
+    conditioning_rejected: Conditioning
+    preference: Tensor
+    weight: Tensor
+    draw: Draw
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def to(self, device: torch.device | str) -> PairBatch:
+        """The same batch on a device; number formats stay."""
+        return replace(
+            self,
+            chosen=self.chosen.to(device),
+            rejected=self.rejected.to(device),
+            conditioning_chosen=self.conditioning_chosen.to(device),
+            conditioning_rejected=self.conditioning_rejected.to(device),
+            preference=self.preference.to(device),
+            weight=self.weight.to(device),
+        )
