@@ -1,0 +1,81 @@
+"""Numbers and verdicts in plain words, the same in the report, on the terminal and in model cards."""
+
+from __future__ import annotations
+
+from diffalign.evaluation.compare import Comparison, Metric
+from diffalign.evaluation.statistics import Interval
+
+
+def amount(metric: Metric, value: float) -> str:
+    """A score: percent for right/wrong metrics, else four significant digits."""
+    return f"{100 * value:.1f} %" if metric.binary else f"{value:.4g}"
+
+
+def amount_interval(metric: Metric, bounds: Interval) -> str:
+    """Bounds of a score."""
+    return share_interval(bounds) if metric.binary else f"{bounds[0]:.4g} to {bounds[1]:.4g}"
+
+
+def change(metric: Metric, value: float) -> str:
+    """A difference with its sign: percentage points for right/wrong metrics."""
+    return f"{100 * value:+.1f} points" if metric.binary else f"{value:+.3g}"
+
+
+def interval(metric: Metric, bounds: Interval) -> str:
+    """Bounds of a difference, with signs."""
+    low, high = bounds
+    if metric.binary:
+        return f"{100 * low:+.1f} to {100 * high:+.1f} points"
+    return f"{low:+.3g} to {high:+.3g}"
+
+
+def share(value: float) -> str:
+    """A fraction as a percentage."""
+    return f"{100 * value:.1f} %"
+
+
+def share_interval(bounds: Interval) -> str:
+    """Bounds of a fraction as percentages."""
+    return f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f} %"
+
+
+def verdict(comparison: Comparison) -> str:
+    """One or two sentences: what the main metric says, and which other measurements got worse."""
+    metric = comparison.main
+    numbers = f"from {amount(metric, metric.base)} to {amount(metric, metric.tuned)}"
+    detail = f"{change(metric, metric.difference)}, 95 % interval {interval(metric, metric.interval)}"
+    pictures = f"{metric.n} pairs of pictures, {metric.prompts} prompts"
+    if metric.change == "better":
+        text = f"Better: {metric.name} rose {numbers} ({detail}; {pictures})."
+    elif metric.change == "worse":
+        text = f"Worse: {metric.name} fell {numbers} ({detail}; {pictures})."
+    elif metric.difference == 0 and metric.wins.ties == metric.n:
+        value = amount(metric, metric.base)
+        text = f"No difference: {metric.name} is {value} for both, picture by picture ({pictures})."
+    else:
+        text = (
+            f"No difference shown: {metric.name} went {numbers}, but the interval of the change includes 0 "
+        )
+        text += f"({detail}; {pictures})."
+    return " ".join([text, *losses(comparison)])
+
+
+def losses(comparison: Comparison) -> list[str]:
+    """What got worse besides the main metric (intervals that leave out 0), and how many pictures flipped."""
+    main = comparison.main
+    lost = [
+        f"{m.name} fell by {change(m, abs(m.difference)).lstrip('+')}"
+        for m in list(comparison.metrics.values())[1:]
+        if m.change == "worse"
+    ]
+    for category, metrics in comparison.categories.items():
+        m = metrics[main.name]
+        if m.change == "worse":
+            lost.append(f"{m.name} for {category} fell by {change(m, abs(m.difference)).lstrip('+')}")
+    sentences = [f"What was lost: {'; '.join(lost)}."] if lost else []
+    if main.binary and main.wins.losses:
+        gained, wrong = main.wins.wins, main.wins.losses
+        sentences.append(
+            f"{gained} pictures that were wrong are right now, {wrong} that were right are wrong now."
+        )
+    return sentences
