@@ -7,9 +7,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from diffalign.rewards.base import FunctionReward, Reward, RewardOutput
-
 from diffalign.errors import DiffalignError, nearest
+from diffalign.rewards.base import FunctionReward, Reward, RewardOutput
 
 REWARDS: dict[str, str] = {
     "scenes-judge": "diffalign.rewards.scenes_judge:ScenesJudge",

@@ -7,12 +7,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-from diffalign.rewards.base import RewardOutput
-from diffalign.samples.judge import Verdict, judge
-from diffalign.samples.scenes import CATEGORIES, RESOLUTION
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
+from diffalign.rewards.base import RewardOutput
+from diffalign.samples.judge import Verdict, judge
+from diffalign.samples.scenes import CATEGORIES, RESOLUTION
 
 
 class ScenesJudge:

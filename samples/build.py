@@ -112,8 +112,12 @@ def train_unet(out: Path, seed: int, steps: int, batch: int, device: str) -> Non
     latents = encode_all(vae, images, device)
     del images
     tokenizer = architectures.train_tokenizer(captions, out / "tiny-sdxl" / "tokenizer")
-    tokens = tokenizer(captions, padding="max_length", max_length=architectures.MAX_TOKENS, return_tensors="pt").input_ids
-    net = torch.nn.ModuleList([architectures.tiny_unet(), *architectures.tiny_text_encoders(len(tokenizer))]).to(device)
+    tokens = tokenizer(
+        captions, padding="max_length", max_length=architectures.MAX_TOKENS, return_tensors="pt"
+    ).input_ids
+    net = torch.nn.ModuleList(
+        [architectures.tiny_unet(), *architectures.tiny_text_encoders(len(tokenizer))]
+    ).to(device)
     process = Process.from_scheduler(dict(architectures.scheduler().config))
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.01)
     ema = EMAModel(net.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
@@ -147,7 +151,9 @@ def denoising_loss(net: torch.nn.ModuleList, process: Process, x0: Tensor, token
     with autocast(x0.device.type):
         states, pooled = text_conditioning(encoders, tokens)
         added = {"text_embeds": pooled * keep[:, None], "time_ids": size}
-        pred = unet(process.noise(x0, noise, t), t, states * keep[:, None, None], added_cond_kwargs=added).sample
+        pred = unet(
+            process.noise(x0, noise, t), t, states * keep[:, None, None], added_cond_kwargs=added
+        ).sample
     snr = process.snr(t)
     weight = snr.clamp(max=5.0) / snr
     return (weight * (pred.float() - noise).square().mean((1, 2, 3))).mean()
@@ -170,7 +176,9 @@ def save_pipeline(folder: Path, vae: AutoencoderKL, tokenizer, net: torch.nn.Mod
 
 def write_held_out(out: Path) -> None:
     """The held-out captions in evaluation order, one JSON object a line."""
-    lines = [json.dumps({"prompt": text, "category": category}) for text, category in scenes.held_out_captions()]
+    lines = [
+        json.dumps({"prompt": text, "category": category}) for text, category in scenes.held_out_captions()
+    ]
     (out / "held_out.jsonl").write_text("\n".join(lines) + "\n")
 
 

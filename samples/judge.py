@@ -114,7 +114,7 @@ def find_objects(image: np.ndarray) -> list[Found]:
 
 
 def _nearest_colors(pixels: np.ndarray, background: np.ndarray) -> np.ndarray:
-    """Palette index `[H, W]` of the colour whose line to the background passes closest (edges are blends of the two)."""
+    """Palette index `[H, W]` of the colour whose line to the background passes closest: edges blend the two."""
     offset = pixels - background
     residuals = []
     for rgb in PALETTE.values():

@@ -83,10 +83,12 @@ def _noun(thing: Thing) -> str:
     return " ".join(word for word in (thing.size, thing.color, thing.shape) if word)
 
 
-_THING = rf"(?:(?P<size{{0}}>{'|'.join(SIZES)}) )?(?:(?P<color{{0}}>{'|'.join(PALETTE)}) )?(?P<shape{{0}}>{'|'.join(SHAPES)})"
-_PAIR = re.compile(
-    rf"an? {_THING.format(1)} (?P<link>and|{'|'.join(RELATIONS)}) an? {_THING.format(2)}".replace("to the ", "")
+_THING = (
+    rf"(?:(?P<size{{0}}>{'|'.join(SIZES)}) )?"
+    rf"(?:(?P<color{{0}}>{'|'.join(PALETTE)}) )?"
+    rf"(?P<shape{{0}}>{'|'.join(SHAPES)})"
 )
+_PAIR = re.compile(rf"an? {_THING.format(1)} (?P<link>and|{'|'.join(RELATIONS)}) an? {_THING.format(2)}")
 _ONE = re.compile(rf"an? {_THING.format(1)}")
 _MANY = re.compile(rf"(?P<number>{'|'.join(NUMBERS)}) {_THING.format(1)}s")
 
@@ -173,7 +175,9 @@ def held_out_captions(seed: int = 0) -> list[tuple[str, str]]:
             text = caption(scene)
             if is_held_out(scene) and text not in found[category] and len(found[category]) < 100:
                 found[category].append(text)
-    spread = [(i / len(texts), text, category) for category, texts in found.items() for i, text in enumerate(texts)]
+    spread = [
+        (i / len(texts), text, category) for category, texts in found.items() for i, text in enumerate(texts)
+    ]
     return [(text, category) for _, text, category in sorted(spread)]
 
 
@@ -202,8 +206,15 @@ def place(scene: Scene, rng: Generator) -> tuple[Placed, ...]:
             radius = common if scene.category == "counting" else radius
             x, y = rng.uniform(radius + 2, RESOLUTION - radius - 2, 2)
             placed.append(Placed(thing.shape, str(thing.color), float(x), float(y), float(radius)))
-        if _apart(placed) and (scene.relation is None or stands(placed[0], placed[1], scene.relation, margin=12.0, slope=0.75)):
+        if _apart(placed) and (
+            scene.relation is None or stands(placed[0], placed[1], scene.relation, margin=12.0, slope=0.75)
+        ):
             return tuple(placed)
+
+
+def _obeys(placed: list[Placed], relation: str | None) -> bool:
+    """Clearly in the relation: further from the diagonal than the judge asks for."""
+    return relation is None or stands(placed[0], placed[1], relation, margin=12.0, slope=0.75)
 
 
 def _apart(placed: list[Placed]) -> bool:
@@ -215,7 +226,7 @@ def _apart(placed: list[Placed]) -> bool:
 
 
 def stands(a: Placed, b: Placed, relation: str, margin: float, slope: float = 1.0) -> bool:
-    """Whether `a` is in `relation` to `b`: at least `margin` pixels along its axis, across it at most `slope` times that."""
+    """Whether `a` is `margin` pixels or more in `relation` to `b`, and across that axis at most `slope` times as far."""
     dx, dy = a.x - b.x, a.y - b.y
     along, across = (dx, dy) if relation in ("left of", "right of") else (dy, dx)
     if relation in ("left of", "above"):

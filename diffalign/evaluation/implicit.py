@@ -10,9 +10,16 @@ from torch import Tensor
 from diffalign.evaluation.statistics import wilson
 from diffalign.randomness import Draw, derive_seed
 
+DRAWS = 4
+
+
+def draws_seed(seed: int) -> int:
+    """Seed of the fixed draws that `implicit_accuracy` measures at."""
+    return derive_seed(seed, "held_out")
+
 
 def implicit_accuracy(
-    trainer: Any, backbone: Any, cache: Any, *, seed: int, batch_size: int, draws: int = 4
+    trainer: Any, backbone: Any, cache: Any, *, seed: int, batch_size: int, draws: int = DRAWS
 ) -> dict[str, float]:
     """Share of held-out pairs whose mean margin over `draws` fixed (time, noise) draws is above 0.
 
@@ -32,7 +39,7 @@ def implicit_accuracy(
         With no decided pair, all but the counts are NaN.
     """
     size = len(cache)
-    key = derive_seed(seed, "held_out")
+    key = draws_seed(seed)
     per_draw = []
     with backbone.inference():
         for step in range(draws if size else 0):

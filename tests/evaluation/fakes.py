@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from diffalign.rewards import RewardOutput
 from torch import Tensor
 
 from diffalign.evaluation.compare import Comparison, compare
 from diffalign.evaluation.prompts import EvalPrompt
+from diffalign.rewards import RewardOutput
 
 
 class Brightness:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffalign.trainers.dpo import DPOConfig, DPOTrainer
 from torch import Tensor
 
 from diffalign.backbones import open_backbone
@@ -19,6 +18,7 @@ from diffalign.data.batch import PairBatch
 from diffalign.evaluation.implicit import implicit_accuracy
 from diffalign.evaluation.statistics import wilson
 from diffalign.randomness import Draw
+from diffalign.trainers.dpo import DPOConfig, DPOTrainer
 
 
 @dataclass

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+from diffalign.errors import DiffalignError
 from diffalign.rewards import REWARDS, FunctionReward, Reward, load_reward
 from diffalign.rewards.scenes_judge import ScenesJudge
 from diffalign.samples.scenes import Placed, draw
-
-from diffalign.errors import DiffalignError
 
 RED_CIRCLE = Placed("circle", "red", 32, 32, 12)
 BLUE_STAR = Placed("star", "blue", 32, 32, 12)

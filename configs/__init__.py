@@ -1,0 +1,1 @@
+"""Recipes as annotated YAML; `diffalign recipes list` shows them."""

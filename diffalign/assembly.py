@@ -1,0 +1,198 @@
+"""Puts the parts of a run together: model, trainer, cached pairs, and what is measured on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from diffalign.config import RunConfig, trainer_class, trainer_config
+from diffalign.parallel import Parallel
+from diffalign.progress import Reporter
+
+GRID_PROMPTS = 8
+
+
+class Sized(Protocol):
+    """Anything with a number of pairs."""
+
+    def __len__(self) -> int: ...
+
+
+@dataclass
+class Ingredients:
+    """What the engine needs.
+
+    Fields:
+        backbone: has `network`, `trainable_parameters()`, `trainable_state()`.
+        trainer: has `fetch(draw)`, `loss(batch)`.
+        cache: the training pairs. evaluate: held-out metrics of the current weights, by full name.
+        pictures: a PIL image of samples of the current weights. export: writes the final files into a folder.
+        summary: what a reader must know to judge the run's numbers.
+        report: writes the report of the finished training into the run folder.
+    """
+
+    backbone: Any
+    trainer: Any
+    cache: Sized
+    evaluate: Callable[[], dict[str, float]] | None = None
+    pictures: Callable[[], Any] | None = None
+    export: Callable[[Path], None] | None = None
+    summary: str = ""
+    report: Callable[[], Any] | None = None
+
+
+def assemble(config: RunConfig, parallel: Parallel, reporter: Reporter) -> Ingredients:
+    """The real parts: pairs are encoded on first use, by the first process; the others wait for its files.
+
+    Raises:
+        DiffalignError: bad model, data or prompts.
+    """
+    opened = OpenedOnce(config, parallel)
+    pictures = _picture_prompts(config)
+    cache, held_out = open_caches(config, opened, parallel.is_main, reporter)
+    backbone = opened()
+    backbone.release_encoders()
+    options = trainer_config(config)
+    trainer = trainer_class(config)(options, backbone, config.seed)
+    reporter.say("preparing the trainer")
+    trainer.prepare(
+        cache,
+        config.folder / "reference",
+        parallel.is_main,
+        held_out=None if held_out is None else _held_out_draws(config, held_out),
+        progress=reporter,
+    )
+    return Ingredients(
+        backbone,
+        trainer,
+        cache,
+        None if held_out is None else lambda: _held_out_metrics(config, trainer, backbone, held_out),
+        None if not pictures else lambda: _sample_grid(config, backbone, pictures),
+        lambda folder: _export(config, backbone, folder),
+        _summary(config, options, backbone),
+        lambda: _report(config),
+    )
+
+
+class OpenedOnce:
+    """Opens the model for tuning when first called, and gives the same one afterwards."""
+
+    def __init__(self, config: RunConfig, parallel: Parallel):
+        self.config, self.parallel = config, parallel
+        self._backbone: Any = None
+
+    def __call__(self) -> Any:
+        """The backbone."""
+        if self._backbone is None:
+            from diffalign.backbones import open_backbone
+
+            config = self.config
+            options = trainer_config(config)
+            self._backbone = open_backbone(
+                config.model,
+                device=self.parallel.device,
+                parts="network",
+                resolution=config.data.resolution,
+                frozen_copy=trainer_class(config).needs_frozen_copy(options, config.model.tune),
+                seed=config.seed,
+            )
+        return self._backbone
+
+
+def open_caches(
+    config: RunConfig, opener: Callable[[], Any], builder: bool, reporter: Reporter
+) -> tuple[Any, Any]:
+    """Cached training pairs and held-out pairs (None when there are none), encoded where still missing.
+
+    Raises:
+        DiffalignError: bad data, or a full disk.
+    """
+    from diffalign.data.cache import build_cache
+    from diffalign.data.sources import open_held_out, open_records
+
+    def build(records: Any, data: Any) -> Any:
+        return build_cache(records, opener, data, config.model, config.seed, reporter, builder)
+
+    cache = build(open_records(config.data), config.data)
+    records = open_held_out(config.data)
+    if records is None:
+        return cache, None
+    # Controls and augmentation belong to training; held-out pairs are measured as they are.
+    plain = config.data.model_copy(update={"labels": "given", "flip": False})
+    return cache, build(records, plain)
+
+
+def _held_out_draws(config: RunConfig, cache: Any) -> Any:
+    """The draws that `_held_out_metrics` measures at."""
+    from diffalign.evaluation.implicit import DRAWS, draws_seed
+    from diffalign.reference import FixedDraws
+
+    return FixedDraws(cache, draws_seed(config.evaluation.seed), DRAWS)
+
+
+def _held_out_metrics(config: RunConfig, trainer: Any, backbone: Any, cache: Any) -> dict[str, float]:
+    from diffalign.evaluation.implicit import implicit_accuracy
+
+    rows = config.optim.batch_size
+    values = implicit_accuracy(trainer, backbone, cache, seed=config.evaluation.seed, batch_size=rows)
+    return {f"held_out/{name}": value for name, value in values.items()}
+
+
+def _picture_prompts(config: RunConfig) -> list[Any]:
+    """Prompts of the sample grid, with seeds; read first, so that a bad file is noticed early."""
+    if config.evaluation.prompts is None:
+        return []
+    from diffalign.evaluation.prompts import read_prompts, with_seeds
+
+    prompts = read_prompts(config.evaluation.prompts)[: min(GRID_PROMPTS, config.evaluation.num_prompts)]
+    return with_seeds(prompts, config.evaluation.seed)
+
+
+def _sample_grid(config: RunConfig, backbone: Any, prompts: list[Any]) -> Any:
+    from diffalign.evaluation.grids import image_grid
+    from diffalign.evaluation.pictures import Settings, generate_batch
+
+    options = config.evaluation
+    with backbone.inference():
+        images = generate_batch(
+            backbone, prompts, Settings(options.steps, options.guidance, options.batch_size)
+        )
+    # Text encoders and VAE would otherwise take GPU memory from training.
+    backbone.release_encoders()
+    return image_grid(images, columns=4, labels=[prompt.text for prompt in prompts])
+
+
+def _export(config: RunConfig, backbone: Any, folder: Path) -> None:
+    from diffalign.export import save_lora, save_pipeline
+    from diffalign.model_card import model_card
+
+    lora = config.model.tune == "lora"
+    file = (save_lora if lora else save_pipeline)(backbone, folder)
+    form = "diffusers" if lora else "merged"
+    card = model_card(config.folder, config, form, file.name, backbone.source.pipeline_name)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _report(config: RunConfig) -> None:
+    from diffalign.evaluation.report import write_report
+
+    write_report(config.folder)
+
+
+def _summary(config: RunConfig, options: Any, backbone: Any) -> str:
+    """Method options, latent size, precision: a beta means nothing without its reduction and latent size."""
+    shown = ", ".join(f"{name} {value}" for name, value in options.model_dump().items() if name != "method")
+    size = "x".join(map(str, backbone.latent_shape))
+    lora = config.model.lora
+    tuned = (
+        f"LoRA rank {lora.rank}, alpha/rank {lora.alpha / lora.rank:g}"
+        if config.model.tune == "lora"
+        else "full"
+    )
+    dtype = str(backbone.dtype).removeprefix("torch.")
+    return (
+        f"{config.trainer['method']}: {shown}; latents {size}\n"
+        f"{config.model.path}: {tuned}; {dtype}, attention {backbone.attention}"
+    )

@@ -1,0 +1,102 @@
+"""The attention kernel of a UNet, verified to be in use.
+
+A UNet's attention runs in a processor object per attention module. `set_attention_backend` of diffusers does
+not reach these processors, so a choice is made by setting them, and checked by reading them back.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, XFormersAttnProcessor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from diffalign.errors import DiffalignError
+
+
+class FlashAttnProcessor(AttnProcessor2_0):
+    """PyTorch's attention restricted to its flash kernel, also where gradient checkpointing recomputes."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Attention of one module; arguments as `AttnProcessor2_0`."""
+        """Attention of one module; arguments as `AttnProcessor2_0`."""
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return super().__call__(*args, **kwargs)
+
+
+PROCESSORS: dict[str, type] = {
+    "sdpa": AttnProcessor2_0,
+    "xformers": XFormersAttnProcessor,
+    "flash": FlashAttnProcessor,
+}
+
+
+def set_attention(network: nn.Module, choice: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Put the chosen attention into every attention module, read it back and return its name.
+
+    Args:
+        network: a diffusers UNet. choice: auto, sdpa, xformers or flash; auto is sdpa.
+        device, dtype: where and in which number format the network will run.
+
+    Raises:
+        DiffalignError: the choice cannot run here, or a module did not take it.
+    """
+    name = "sdpa" if choice == "auto" else choice
+    modules = attention_modules(network)
+    _check_possible(name, modules, device, dtype)
+    network.set_attn_processor(PROCESSORS[name]())  # type: ignore[operator]
+    wrong = [key for key, module in modules.items() if type(module.processor) is not PROCESSORS[name]]
+    if wrong:
+        raise DiffalignError(
+            f"attention is {name!r}, but {len(wrong)} of {len(modules)} attention modules did not take it, "
+            f"first {wrong[0]}; use attention: auto."
+        )
+    return name
+
+
+def attention_modules(network: nn.Module) -> dict[str, Attention]:
+    """The attention modules of a network by name."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, Attention)}
+
+
+def _check_possible(
+    name: str, modules: dict[str, Attention], device: torch.device, dtype: torch.dtype
+) -> None:
+    if name == "sdpa":
+        return
+    instead = "use attention: sdpa (runs everywhere) or auto"
+    if device.type != "cuda":
+        raise DiffalignError(f"attention {name!r} needs a CUDA GPU, but the device is {device}; {instead}.")
+    if name == "xformers" and importlib.util.find_spec("xformers") is None:
+        raise DiffalignError(
+            f"attention 'xformers' is not installed; pip install 'diffalign[xformers]', or {instead}."
+        )
+    if name == "flash" and dtype == torch.float32:
+        raise DiffalignError(
+            f"attention 'flash' needs bf16 or fp16, but precision is fp32; set precision, or {instead}."
+        )
+    for head_dim in sorted({module.inner_dim // module.heads for module in modules.values()}):
+        _try_kernel(name, head_dim, device, dtype, instead)
+
+
+def _try_kernel(name: str, head_dim: int, device: torch.device, dtype: torch.dtype, instead: str) -> None:
+    """Run the kernel once, since heads too wide or an old GPU show only then."""
+    query = torch.zeros(1, 2, 64, head_dim, device=device, dtype=dtype)
+    try:
+        if name == "xformers":
+            import xformers.ops
+
+            xformers.ops.memory_efficient_attention(query, query, query)
+        else:
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                scaled_dot_product_attention(query, query, query)
+    except (RuntimeError, NotImplementedError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise DiffalignError(
+            f"attention {name!r} cannot run with heads of {head_dim} channels in {dtype} on this GPU "
+            f"({reason}); {instead}."
+        ) from error

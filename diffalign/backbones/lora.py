@@ -1,0 +1,130 @@
+"""Low-rank adapters on a network (Hu et al. 2021) through peft: adding, switching off, reading, writing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from diffalign.config import LoRAConfig
+from diffalign.errors import DiffalignError, nearest
+from diffalign.randomness import derive_seed
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
+
+
+def target_modules(network: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    """Full names of the layers that get adapters.
+
+    Args:
+        targets: `attention`, `attention+conv` (also resnet convolutions, projections, feed-forward layers),
+            `all-linear`, or a list of module-name endings.
+
+    Raises:
+        DiffalignError: an ending matches no linear or convolution layer.
+    """
+    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    if targets == "all-linear":
+        return [name for name in layers if isinstance(network.get_submodule(name), nn.Linear)]
+    presets = {"attention": ATTENTION, "attention+conv": ATTENTION + CONVOLUTIONS}
+    endings = presets[targets] if isinstance(targets, str) else tuple(targets)
+    if not isinstance(targets, str):
+        _check_endings(layers, endings)
+    return [name for name in layers if _ends_with(name, endings)]
+
+
+def add_lora(network: nn.Module, config: LoRAConfig, seed: int, autocast: bool) -> list[LoraLayer]:
+    """Freeze a network, add adapters to it in fp32 and return the adapted layers.
+
+    The second factor starts at zero, so the adapted network equals the base exactly; the first is normal,
+    drawn from the seed whatever the state of the global generator.
+
+    Args:
+        autocast: the network always runs under autocast, so that peft need not cast activations.
+    """
+    network.requires_grad_(False)
+    peft_config = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        target_modules=target_modules(network, config.targets),
+        lora_dropout=config.dropout,
+        use_dora=config.dora,
+        init_lora_weights="gaussian",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "lora"))
+        network.add_adapter(peft_config)  # type: ignore[operator]
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    layers: list[LoraLayer] = [module for module in network.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.cast_input_dtype_enabled = not autocast
+    return layers
+
+
+@contextmanager
+def adapters_off(layers: Sequence[LoraLayer]) -> Iterator[None]:
+    """The base network inside the block.
+
+    Sets only the layers' flags: peft's own switch also turns off `requires_grad` of every adapter weight,
+    which takes longer.
+    """
+    _set_flags(layers, True)
+    try:
+        yield
+    finally:
+        _set_flags(layers, False)
+
+
+def _set_flags(layers: Sequence[LoraLayer], disabled: bool) -> None:
+    # Past torch's own __setattr__, which looks for parameters first and takes ten times as long.
+    for layer in layers:
+        object.__setattr__(layer, "_disable_adapters", disabled)
+
+
+def lora_state(network: nn.Module) -> dict[str, Tensor]:
+    """Adapter weights by name (`...to_q.lora_A.weight`); they share memory with the network."""
+    state = get_peft_model_state_dict(network, save_embedding_layers=False)
+    return {name: value.detach() for name, value in state.items()}
+
+
+def load_lora_state(network: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copy adapter weights into a network that has the same adapters.
+
+    Raises:
+        DiffalignError: names or shapes differ.
+    """
+    expected = lora_state(network)
+    differing = sorted(expected.keys() ^ state.keys())
+    differing += [
+        name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape
+    ]
+    if differing:
+        raise DiffalignError(
+            f"the adapter file does not fit the model: {len(differing)} of {len(expected)} weights differ in "
+            f"name or shape, first {differing[0]}; expected the same model, rank and targets as in training."
+        )
+    set_peft_model_state_dict(network, dict(state))
+
+
+def _ends_with(name: str, endings: Sequence[str]) -> bool:
+    return any(name == ending or name.endswith("." + ending) for ending in endings)
+
+
+def _check_endings(layers: list[str], endings: Sequence[str]) -> None:
+    for ending in endings:
+        if not any(_ends_with(name, [ending]) for name in layers):
+            known = sorted({name.rpartition(".")[2] for name in layers} | set(ATTENTION))
+            close = nearest(ending, known)
+            hint = f" Did you mean {close!r}?" if close else ""
+            raise DiffalignError(
+                f"LoRA target {ending!r} matches no linear or convolution layer of the network.{hint}"
+            )
+    if not endings:
+        raise DiffalignError("the list of LoRA targets is empty; name at least one module, or use a preset.")

@@ -1,0 +1,238 @@
+"""What the commands do; each function prints for people and leaves the work to the library."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from diffalign.config import EvaluationConfig, ModelConfig, RunConfig, load_recipe, load_run_config
+from diffalign.errors import DiffalignError
+from diffalign.progress import Reporter
+
+
+def recipe_with_overrides(recipe: str, overrides: Sequence[str], name: str | None) -> RunConfig:
+    """A recipe with overrides, its run renamed if asked, its trainer's options checked."""
+    from diffalign.config import with_trainer_defaults
+
+    named = [*overrides, f"name={name}"] if name else list(overrides)
+    return with_trainer_defaults(load_recipe(recipe, named))
+
+
+def run_demo_command(output: Path, steps: int | None, seed: int) -> None:
+    """The main job on the embedded world."""
+    from diffalign.demo import run_demo
+
+    overrides = [f"seed={seed}", *([f"optim.steps={steps}"] if steps else [])]
+    with Reporter() as reporter:
+        evaluation = run_demo(output, overrides, reporter)
+    show_result(output, evaluation)
+
+
+def list_recipes() -> None:
+    """Names and first lines."""
+    from diffalign.recipes import recipe_names, recipe_summary
+
+    table = Table(box=None, show_header=False)
+    for name in recipe_names():
+        table.add_row(name, recipe_summary(name))
+    Console().print(table)
+
+
+def run_training(config: RunConfig, resume: bool) -> int:
+    """Train and return the exit code."""
+    from diffalign.engine import train
+
+    return train(config, resume=resume).exit_code
+
+
+def show_plan(config: RunConfig) -> int:
+    """Resolved configuration, size, memory and cost."""
+    from diffalign.plan import plan_run
+    from diffalign.yamls import to_yaml
+
+    console = Console()
+    console.print(to_yaml(config.model_dump(mode="json")), markup=False, soft_wrap=True)
+    console.print(plan_run(config).table())
+    return 0
+
+
+def fill_caches(config: RunConfig) -> None:
+    """Encode what is missing, then say what there is."""
+    from diffalign.assembly import OpenedOnce, open_caches
+    from diffalign.parallel import Parallel
+
+    with Reporter() as reporter:
+        parallel = Parallel()
+        caches = open_caches(config, OpenedOnce(config, parallel), parallel.is_main, reporter)
+        for label, pairs in zip(("training", "held-out"), caches, strict=True):
+            if pairs is None:
+                continue
+            reporter.say(
+                f"{label}: {len(pairs)} pairs in {pairs.folder}, {len(pairs.broken)} images left out"
+            )
+            for fault in pairs.broken[:20]:
+                place = f"record {fault['record']}, image {fault['image']} ({fault['source']})"
+                reporter.say(f"  {place}: {fault['reason']}")
+
+
+def validate_data(
+    source: str, split: str, held_out: str | None, held_out_split: str, limit: int | None, as_json: bool
+) -> int:
+    """Print the report; exit code 2 when nothing is left to train on."""
+    from diffalign.data.sources import open_source
+    from diffalign.data.validate import validate
+
+    records = open_source(source, split, limit=limit)
+    other = open_source(held_out, held_out_split) if held_out else None
+    with Reporter(Console(stderr=True)) as reporter:
+        report = validate(records, other, progress=reporter)
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        Console().print(report.table())
+    return 0 if report.usable else 2
+
+
+def generate_pictures(
+    model: str,
+    source: str | None,
+    texts: Sequence[str],
+    out: Path,
+    num: int | None,
+    seed: int,
+    steps: int | None,
+    guidance: float | None,
+    batch_size: int | None,
+    resolution: int | None,
+) -> None:
+    """Write `NNNN.png` for every prompt and `pictures.jsonl` with prompt and seed of each."""
+    from diffalign.evaluation.pictures import Settings, generate_batch, write_picture
+
+    prompts = _prompts(source, texts, num, seed)
+    backbone, defaults = open_for_pictures(model, resolution)
+    settings = Settings(
+        steps or defaults.steps,
+        defaults.guidance if guidance is None else guidance,
+        batch_size or defaults.batch_size,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    lines = []
+    with Reporter() as reporter:
+        for start in range(0, len(prompts), settings.batch_size):
+            rows = prompts[start : start + settings.batch_size]
+            for offset, image in enumerate(generate_batch(backbone, rows, settings)):
+                file = f"{start + offset:04d}.png"
+                write_picture(image, out / file)
+                lines.append(json.dumps({"file": file, **asdict(rows[offset])}, ensure_ascii=False))
+            reporter("pictures", len(lines), len(prompts))
+        (out / "pictures.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        reporter.say(
+            f"{len(lines)} pictures in {out} ({settings.steps} steps, guidance {settings.guidance:g})"
+        )
+
+
+def open_for_pictures(model: str, resolution: int | None) -> tuple[Any, EvaluationConfig]:
+    """A run's tuned model or an untuned one, ready to generate, and the settings its pictures are made with.
+
+    Raises:
+        DiffalignError: neither a run folder nor a model.
+    """
+    from accelerate import PartialState
+    from safetensors.torch import load_file
+
+    from diffalign.backbones import open_backbone
+    from diffalign.checkpoints import run_weights
+
+    device = PartialState().default_device
+    if not (Path(model) / "config.yaml").is_file():
+        config = ModelConfig(path=model)
+        return open_backbone(config, device=device, parts="all", resolution=resolution), EvaluationConfig()
+    run = load_run_config(model)
+    backbone = open_backbone(
+        run.model, device=device, parts="all", resolution=resolution or run.data.resolution, seed=run.seed
+    )
+    backbone.load_trainable_state(load_file(run_weights(Path(model))))
+    return backbone, run.evaluation
+
+
+def _prompts(source: str | None, texts: Sequence[str], num: int | None, seed: int) -> list[Any]:
+    from diffalign.evaluation.prompts import EvalPrompt, read_prompts, with_seeds
+
+    if (source is None) == (not texts):
+        raise DiffalignError("give either --prompts FILE (or scenes:held-out), or --prompt TEXT once or more")
+    found = read_prompts(source, num) if source else [EvalPrompt(text) for text in texts][:num]
+    return with_seeds(found, seed)
+
+
+def evaluate_run_command(run: Path, against: str, **options: Any) -> None:
+    """Evaluate, print the table and say where the report is."""
+    from diffalign.evaluation.evaluate import evaluate_run
+
+    with Reporter() as reporter:
+        evaluation = evaluate_run(run, None if against == "base" else against, progress=reporter, **options)
+    show_result(run, evaluation)
+
+
+def show_result(run: Path, evaluation: Any) -> None:
+    """The table, the verdict in words, and where the report and the pictures are."""
+    from diffalign.evaluation.wording import verdict
+
+    console = Console()
+    console.print(comparison_table(evaluation.comparison))
+    console.print(verdict(evaluation.comparison), markup=False, highlight=False)
+    for label, name in (("report", "report.html"), ("pictures", "comparison.png"), ("weights", "final")):
+        console.print(f"{label}: {run / name}", markup=False, highlight=False, soft_wrap=True)
+
+
+def comparison_table(comparison: Any) -> Table:
+    """Base against tuned, per metric and per category of the main metric."""
+    from diffalign.evaluation.wording import amount, change, interval
+
+    table = Table("metric", "base", "tuned", "difference", "95 % interval", "n")
+
+    def row(label: str, metric: Any) -> None:
+        values = (
+            amount(metric, metric.base),
+            amount(metric, metric.tuned),
+            change(metric, metric.difference),
+        )
+        table.add_row(label, *values, interval(metric, metric.interval), str(metric.n))
+
+    for name, metric in comparison.metrics.items():
+        row(name, metric)
+    main = comparison.main.name
+    for category, metrics in comparison.categories.items():
+        if main in metrics:
+            row(f"  {category}", metrics[main])
+    return table
+
+
+def export_run_command(run: Path, format: Any, out: Path | None) -> None:
+    """Export and list the files."""
+    from diffalign.export import export_run
+
+    for path in export_run(run, format, out or run / "export" / format):
+        print(path)
+
+
+def run_doctor(recipe: str | None, overrides: Sequence[str]) -> int:
+    """Facts about the machine, and whether a recipe fits; exit code 2 when it does not."""
+    from diffalign.doctor import fits, machine_table
+
+    console = Console()
+    console.print(machine_table())
+    if recipe is None:
+        return 0
+    from diffalign.plan import plan_run
+
+    plan = plan_run(recipe_with_overrides(recipe, overrides, None))
+    console.print(plan.table())
+    answer, message = fits(plan)
+    console.print(message, markup=False, highlight=False)
+    return 0 if answer else 2

@@ -1,0 +1,287 @@
+"""Run configuration: strict pydantic models, filled from a YAML recipe and dotted overrides.
+
+No tensor library is imported here, so that reading and checking a recipe costs milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class StrictModel(BaseModel):
+    """Base of every configuration: unknown keys are errors, docstrings are the fields' descriptions."""
+
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True, allow_inf_nan=False
+    )
+
+
+class LoRAConfig(StrictModel):
+    """Low-rank adapters on the network (peft)."""
+
+    rank: int = Field(default=16, ge=1)
+    """Rank of the update: more capacity, memory and file size, linearly."""
+    alpha: float = Field(default=16.0, gt=0)
+    """The update is scaled by alpha / rank; with alpha = rank, `lr` means the same for every rank."""
+    targets: Literal["attention", "attention+conv", "all-linear"] | list[str] = "attention"
+    """Which layers get adapters: a preset, or a list of module-name endings."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapters' input; above 0 the margin at step 0 is no longer exactly 0."""
+    dora: bool = False
+    """Weight-decomposed adapters (DoRA): often a little better, about a third slower."""
+
+
+class ModelConfig(StrictModel):
+    """Which generator is tuned, and how it is run."""
+
+    path: str
+    """Hub id, local folder in diffusers format, or `scenes:tiny-sdxl` (shipped with the package)."""
+    revision: str | None = None
+    """Hub revision (commit, tag or branch); name a commit to be reproducible."""
+    variant: str | None = None
+    """File variant on the hub such as `fp16`: half the download."""
+    tune: Literal["lora", "full"] = "lora"
+    """`lora` trains adapters; `full` trains all weights of the network: 16 bytes each, and a frozen copy."""
+    lora: LoRAConfig = LoRAConfig()
+    """The adapters; ignored when `tune` is `full`."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Number format of the forward pass; trained weights and losses stay fp32.
+
+    auto: bf16 on GPUs that support it, else fp32."""
+    attention: Literal["auto", "sdpa", "xformers", "flash"] = "auto"
+    """Attention kernel; a chosen one is verified to be in use. auto: PyTorch's own (SDPA)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: much less memory, about a third slower."""
+    compile: bool = False
+    """Compile the network: minutes at the start, then faster steps on GPUs."""
+    vae: str | None = None
+    """Another VAE (hub id or folder), such as madebyollin/sdxl-vae-fp16-fix."""
+
+
+class DataConfig(StrictModel):
+    """Where the preference pairs come from and how pictures are prepared."""
+
+    source: str
+    """File, folder of shards, hub id, or `scenes:preferences` (shipped with the package)."""
+    format: Literal["auto", "pickapic", "jsonl"] = "auto"
+    """How the source is read; auto looks at the columns."""
+    split: str = "train"
+    """Split of a hub data set, or the prefix of the shards in a folder."""
+    held_out: str | None = None
+    """Source of pairs that are never trained on, for the implicit accuracy; same rules as `source`."""
+    held_out_split: str = "validation"
+    """Split of the held-out source."""
+    resolution: int = Field(ge=8, multiple_of=8)
+    """Training size in pixels; memory and time grow with its square."""
+    crop: Literal["center", "random"] = "center"
+    """Which square of a non-square picture is used."""
+    flip: bool = False
+    """Mirror half of the pairs, both pictures alike; wrong for prompts that say left or right."""
+    ties: Literal["drop", "half"] = "drop"
+    """Undecided pairs are left out, or kept with preference probability one half."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only the first so many pairs: for trials."""
+    cache_dir: str = ".cache/diffalign"
+    """Where encoded pictures and prompts are stored; a pair of 1024 px pictures takes about 0.5 MB."""
+    latents: Literal["sample", "mode"] = "sample"
+    """Draw latents anew from the VAE's posterior at every step, or always use its mean."""
+    shard_size: int = Field(default=256, ge=1)
+    """Pairs per cache file; an interrupted caching run loses at most one file."""
+    max_pixels: int = Field(default=100_000_000, ge=1)
+    """Pictures with more pixels than this are refused unread (decompression bombs)."""
+    labels: Literal["given", "swapped", "random"] = "given"
+    """Controls for experiments: `swapped` must make the model worse, `random` must change little."""
+
+
+class OptimConfig(StrictModel):
+    """The optimiser, its schedule and the size of a step."""
+
+    optimizer: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"
+    """adamw8bit (bitsandbytes, a GPU) quarters the optimiser's memory; adafactor needs almost none."""
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(default=1e-2, ge=0)
+    """Decoupled weight decay: pull of every trained weight towards zero."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of Adam's moments; adafactor does not use them."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to Adam's denominator; adafactor does not use it."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the learning rate after warm-up; linear and cosine end at zero."""
+    warmup: int = Field(default=0, ge=0)
+    """Steps of linear rise to `lr`."""
+    steps: int = Field(ge=1)
+    """Optimiser steps of the whole run."""
+    batch_size: int = Field(ge=1)
+    """Pairs per process and micro-step; memory grows with it."""
+    accumulation: int = Field(default=1, ge=1)
+    """Micro-steps per optimiser step: a larger batch for more time instead of more memory."""
+    clip: float = Field(default=1.0, ge=0)
+    """Largest gradient norm; 0 turns clipping off."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of an averaged copy of the weights (full fine-tuning only): 4 more bytes per parameter."""
+    max_nonfinite: int = Field(default=10, ge=1)
+    """Stop after this many skipped (NaN or infinite) steps in a row."""
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_in_range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("both values should be at least 0 and below 1")
+        return value
+
+
+class CheckpointConfig(StrictModel):
+    """When the state is written and what is kept."""
+
+    every: int = Field(default=500, ge=1)
+    """Steps between checkpoints: the work a crash can cost."""
+    keep_last: int = Field(default=2, ge=1)
+    """How many of the newest checkpoints stay on the disk."""
+    keep_best: bool = True
+    """Also keep the checkpoint with the best `evaluation.best_metric`."""
+
+
+class EvaluationConfig(StrictModel):
+    """What is measured during the run and at its end."""
+
+    every: int = Field(default=0, ge=0)
+    """Steps between evaluations; 0: only at the end."""
+    prompts: str | None = None
+    """Prompts of the pictures: `scenes:held-out`, a text file (one per line) or JSONL; null: no pictures."""
+    num_prompts: int = Field(default=64, ge=1)
+    """How many prompts are used; intervals shrink with its square root, time grows with it."""
+    steps: int = Field(default=25, ge=1)
+    """Denoising steps per picture."""
+    guidance: float = Field(default=5.0, ge=0)
+    """Classifier-free guidance scale; 1 or less turns it off."""
+    batch_size: int = Field(default=8, ge=1)
+    """Pictures generated at once."""
+    rewards: list[str] = Field(default_factory=list)
+    """Names of the scorers applied to the pictures."""
+    seed: int = Field(default=0, ge=0)
+    """First seed of the pictures; base and tuned model use the same ones."""
+    best_metric: str = "held_out/implicit_accuracy"
+    """What `checkpoint.keep_best` compares; higher is better, except for names that end in loss or error."""
+
+
+class RunConfig(StrictModel):
+    """One training run."""
+
+    name: str = Field(min_length=1, pattern=r"^\w[^/\\]*$")
+    """Name of the run's folder."""
+    output_dir: str = "runs"
+    """Folder that holds the run's folder."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of initial adapters, batch order, noise, times and dropout."""
+    model: ModelConfig
+    """The generator."""
+    data: DataConfig
+    """The preference pairs."""
+    trainer: dict[str, Any]
+    """The algorithm: `method` and that method's own options."""
+    optim: OptimConfig
+    """The optimiser."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Measurements."""
+
+    @model_validator(mode="after")
+    def _ema_needs_full(self) -> RunConfig:
+        if self.optim.ema is not None and self.model.tune != "full":
+            raise ValueError(
+                "optim.ema should be null unless model.tune is full: adapters have no averaged copy"
+            )
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Where the run lives: `output_dir/name`."""
+        return Path(self.output_dir) / self.name
+
+
+def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe (a file or a shipped name such as `scenes/dpo`) and apply `key.path=value` overrides.
+
+    Raises:
+        DiffalignError: no such recipe, broken YAML, an unknown key (the nearest one is named) or a bad value.
+    """
+    from diffalign.recipes import recipe_text
+    from diffalign.yamls import apply_override, parse_yaml
+
+    text, origin = recipe_text(str(path_or_name))
+    values = parse_yaml(text, origin)
+    for override in overrides:
+        apply_override(values, override)
+    return _validated(values, origin)
+
+
+def load_run_config(run_folder: str | Path) -> RunConfig:
+    """The configuration a run was started with (`config.yaml` in its folder).
+
+    Raises:
+        DiffalignError: the folder is not a run, or its configuration is not valid.
+    """
+    from diffalign.errors import DiffalignError
+    from diffalign.yamls import parse_yaml
+
+    path = Path(run_folder) / "config.yaml"
+    if not path.is_file():
+        raise DiffalignError(f"{run_folder} is not a run folder: it has no config.yaml. Expected runs/NAME.")
+    return _validated(parse_yaml(path.read_text(encoding="utf-8"), str(path)), str(path))
+
+
+def save_config(config: RunConfig, path: str | Path) -> None:
+    """Write the resolved configuration as YAML; a file name is replaced only when all is written."""
+    from diffalign.yamls import write_yaml
+
+    write_yaml(config.model_dump(mode="json"), Path(path))
+
+
+def trainer_config(config: RunConfig) -> Any:
+    """The validated `Config` object of the trainer that `trainer.method` names.
+
+    Raises:
+        DiffalignError: unknown method, unknown option (the nearest one is named) or a bad value.
+    """
+    from diffalign.validation import validate_section
+
+    return validate_section(trainer_class(config).Config, config.trainer, "trainer")
+
+
+def trainer_class(config: RunConfig) -> Any:
+    """The trainer class that `trainer.method` names.
+
+    Raises:
+        DiffalignError: `trainer.method` is missing or unknown.
+    """
+    from importlib import import_module
+
+    from diffalign.errors import DiffalignError, nearest
+    from diffalign.trainers import TRAINERS
+
+    method = config.trainer.get("method")
+    if method not in TRAINERS:
+        close = nearest(str(method), list(TRAINERS))
+        hint = f" Did you mean {close!r}?" if close else ""
+        seen = "is missing" if method is None else f"is {method!r}"
+        raise DiffalignError(f"trainer.method {seen}; expected one of: {', '.join(sorted(TRAINERS))}.{hint}")
+    module, name = TRAINERS[method].split(":")
+    return getattr(import_module(module), name)
+
+
+def with_trainer_defaults(config: RunConfig) -> RunConfig:
+    """The same run with every option of its trainer spelled out."""
+    return config.model_copy(update={"trainer": trainer_config(config).model_dump(mode="json")})
+
+
+def _validated(values: dict[str, Any], origin: str) -> RunConfig:
+    from diffalign.validation import validate_section
+
+    config: RunConfig = validate_section(RunConfig, values, "", origin)
+    return config

@@ -1,0 +1,346 @@
+"""The loop around a trainer: steps, logging, evaluation, checkpoints, resume, clean stops, the final files.
+
+A run is a function of its configuration: the records of step s, their noise and times, and the learning rate
+follow from (seed, s). So there is no data-loader or generator state to save, and a run that was killed and
+resumed ends with the same weights as one that was not.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from diffalign.assembly import Ingredients, assemble
+from diffalign.checkpoints import Checkpoint, prune, save_checkpoint
+from diffalign.config import RunConfig, save_config, with_trainer_defaults
+from diffalign.errors import DiffalignError
+from diffalign.metrics import MetricsLog, is_better, log_every, peak_memory
+from diffalign.optim import learning_rate
+from diffalign.parallel import Parallel
+from diffalign.progress import Reporter, numbers_line
+from diffalign.randomness import Draw
+from diffalign.resume import (
+    binding_config,
+    changed_versions,
+    check_resumable,
+    open_folder,
+    starting_point,
+    versions,
+)
+from diffalign.run import Batch, Outcome, Run
+from diffalign.signals import StopSignals
+
+
+@dataclass
+class RunResult:
+    """How a run ended.
+
+    Fields:
+        folder: the run folder. step: cumulative steps done. metrics: newest value of every logged number.
+        skipped: steps left out because they were not finite. signal: what stopped the run early, or None.
+    """
+
+    folder: Path
+    step: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    skipped: int = 0
+    signal: int | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 128 plus the signal as shells count it (130 for Ctrl-C, 143 for SIGTERM)."""
+        return 0 if self.signal is None else 128 + self.signal
+
+
+def train(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    assemble: Callable[[RunConfig, Parallel, Reporter], Ingredients] = assemble,
+    reporter: Reporter | None = None,
+) -> RunResult:
+    """Train, or continue a run, in `config.folder`.
+
+    Args:
+        resume: continue from the newest valid checkpoint; a run without any starts from the beginning.
+        assemble: builds model, trainer and data; tests pass a small one.
+        reporter: where messages and progress go.
+
+    Raises:
+        DiffalignError: bad input, a run that cannot be resumed, a full disk, too many non-finite steps.
+        KeyboardInterrupt: a second Ctrl-C, which does not wait for the step to end.
+    """
+    config = with_trainer_defaults(config)
+    parallel = Parallel()
+    with reporter or Reporter() as reporter:
+        reporter.enabled = reporter.enabled and parallel.is_main
+        start = starting_point(config, resume, reporter.say)
+        if start is not None:
+            check_resumable(start.state, config, batch_of_step(config, parallel.world))
+        # All processes have looked before the first one writes.
+        parallel.agree(0.0)
+        if parallel.is_main:
+            open_folder(config.folder, fresh=start is None)
+            save_config(config, config.folder / "config.yaml")
+        parallel.agree(0.0)
+        session = Session(config, parallel, assemble(config, parallel, reporter), reporter)
+        if start is not None:
+            session.restore(start)
+        with session.signals:
+            return session.run_to_end()
+
+
+def batch_of_step(config: RunConfig, world: int) -> int:
+    """Pairs of one optimiser step over all micro-steps and processes."""
+    return config.optim.batch_size * config.optim.accumulation * world
+
+
+class Session:
+    """One call of `train`: a run with its log, progress and stop signals."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        parallel: Parallel,
+        parts: Ingredients,
+        reporter: Reporter,
+    ):
+        self.config, self.parallel, self.parts = config, parallel, parts
+        self.reporter, self.signals = reporter, StopSignals(reporter.say)
+        self.run = Run(config, parallel, parts.backbone, parts.trainer)
+        self.latest: dict[str, float] = {}
+        self.log: MetricsLog | None = None
+        self.saved_step: int | None = None
+        self._train_seconds, self._norms, self._logged_pairs = 0.0, 0.0, 0
+
+    def restore(self, start: Checkpoint) -> None:
+        """Continue from a checkpoint."""
+        self.run.restore(start)
+        self.saved_step = self.run.counters.step
+        self.reporter.say(f"resuming after step {self.saved_step} of {self.config.optim.steps}")
+        changed = changed_versions(start.state)
+        if changed:
+            self.reporter.say(f"package versions changed, so the last digits may too: {', '.join(changed)}")
+
+    def run_to_end(self) -> RunResult:
+        """The loop, then the final evaluation and files; or a checkpoint when asked to stop."""
+        if self.parallel.is_main:
+            self.log = MetricsLog(self.config.folder, self.run.counters.step)
+        try:
+            self._introduce()
+            if self._loop():
+                return self._stopped()
+            self._finish()
+            return self._result()
+        finally:
+            if self.log is not None:
+                self.log.close()
+
+    def _loop(self) -> bool:
+        """Steps up to the last one; True when a signal stopped it."""
+        run, steps = self.run, self.config.optim.steps
+        if run.counters.step == 0:
+            self._pictures()
+        batches = prefetched(run.draws(len(self.parts.cache)), self.parts.trainer.fetch)
+        self._logged_pairs = run.counters.pairs
+        run.network.train()
+        while run.counters.step < steps:
+            began = time.perf_counter()
+            outcome = run.step(batches, lambda: self.signals.received is not None)
+            self._train_seconds += time.perf_counter() - began
+            self._norms += outcome.grad_norm if outcome.finite else 0.0
+            self._after_step(outcome)
+            if outcome.stop and run.counters.step < steps:
+                return True
+        return False
+
+    def _after_step(self, outcome: Outcome) -> None:
+        step, config = self.run.counters.step, self.config
+        if step == 1 or step % log_every(config.optim.steps) == 0 or step == config.optim.steps:
+            self._log_training()
+        self.reporter(self.config.name, step, config.optim.steps, numbers_line(self.latest))
+        if self.run.counters.skipped_in_a_row >= config.optim.max_nonfinite:
+            self._save()
+            raise DiffalignError(self._nonfinite_message(outcome))
+        improved = False
+        if config.evaluation.every and step % config.evaluation.every == 0 and step < config.optim.steps:
+            improved = self._evaluate()
+        if step % config.checkpoint.every == 0 or improved:
+            self._save()
+
+    def _log_training(self) -> None:
+        counters = self.run.counters
+        values = self.run.mean_metrics()
+        pairs = counters.pairs - self._logged_pairs
+        steps = max(1, pairs // self.run.global_batch)
+        values |= {
+            "grad_norm": self._norms / steps,
+            "lr": learning_rate(self.config.optim, counters.step - 1),
+            "pairs_per_second": pairs / max(self._train_seconds, 1e-9),
+            "peak_memory_gb": peak_memory(self.parallel.device),
+            "skipped_steps": float(counters.skipped),
+            "pairs": float(counters.pairs),
+        }
+        self._train_seconds, self._norms, self._logged_pairs = 0.0, 0.0, counters.pairs
+        self._write(values)
+
+    def _write(self, values: dict[str, float]) -> None:
+        self.latest |= values
+        if self.log is not None:
+            self.log.write(self.run.counters.step, values)
+
+    def _averaged(self) -> Any:
+        """Inside this block the model carries the averaged weights, if there are any."""
+        return nullcontext() if self.run.average is None else self.run.average.applied()
+
+    def _evaluate(self) -> bool:
+        """Held-out metrics and sample pictures; True when a new best checkpoint is to be kept."""
+        counters, name = self.run.counters, self.config.evaluation.best_metric
+        with self._averaged():
+            values = self.parts.evaluate() if self.parts.evaluate else {}
+            self._pictures()
+        if not values:
+            return False
+        self._write(values)
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items() if k == name)
+        self.reporter.say(f"step {counters.step}: {shown}" if shown else f"step {counters.step}: evaluated")
+        if name not in values:
+            raise DiffalignError(
+                f"evaluation.best_metric is {name!r}, which is not measured; "
+                f"measured: {', '.join(sorted(values))}"
+            )
+        if not is_better(name, values[name], counters.best_value):
+            return False
+        counters.best_value, counters.best_step = values[name], counters.step
+        return self.config.checkpoint.keep_best
+
+    def _pictures(self) -> None:
+        """Sample grid at fixed prompts and seeds."""
+        if self.parts.pictures is None:
+            return
+        step = self.run.counters.step
+        image = self.parts.pictures()
+        if self.log is not None and image is not None:
+            path = self.config.folder / "samples" / f"step-{step:06d}.png"
+            image.save(path)
+            self.log.picture(step, "samples", path)
+
+    def _save(self) -> None:
+        """Checkpoint of the current step; when writing fails, all processes stop together."""
+        counters = self.run.counters
+        if self.saved_step == counters.step:
+            return
+        checkpoint = self.run.snapshot()
+        checkpoint.state |= {"config": binding_config(self.config), "versions": versions()}
+        failure: DiffalignError | None = None
+        if self.parallel.is_main:
+            root = self.config.folder / "checkpoints"
+            try:
+                save_checkpoint(root, counters.step, checkpoint, self.reporter.say)
+                keep = counters.best_step if self.config.checkpoint.keep_best else None
+                prune(root, self.config.checkpoint.keep_last, keep)
+            except DiffalignError as error:
+                failure = error
+        (failed,) = self.parallel.agree(float(failure is not None))
+        if failed:
+            raise failure or DiffalignError("the main process could not write a checkpoint; see its message")
+        self.saved_step = counters.step
+
+    def _stopped(self) -> RunResult:
+        self._save()
+        self.reporter.say(
+            f"stopped after step {self.run.counters.step} of {self.config.optim.steps}; the state is saved. "
+            "Run the same command with --resume to continue."
+        )
+        # A process that was told by another one reports the gentler of the two signals.
+        return self._result(self.signals.received or 15)
+
+    def _finish(self) -> None:
+        # The evaluation may take long and be interrupted; the training before it is safe then.
+        self._save()
+        if self._evaluate():
+            self.saved_step = None
+            self._save()
+        with self._averaged():
+            weights = self.run.weights()
+            if self.parallel.is_main:
+                self._write_final(weights)
+        if self.parallel.is_main and self.parts.report is not None:
+            self.parts.report()
+
+    def _write_final(self, weights: dict[str, torch.Tensor]) -> None:
+        """`final/`, complete or not at all."""
+        final = self.config.folder / "final"
+        temporary = final.with_name(".final.partial")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            save_file(weights, temporary / "trainable.safetensors")
+            if self.parts.export is not None and not self.parallel.sharded:
+                self.parts.export(temporary)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        self.reporter.say(f"finished: {final}")
+
+    def _result(self, signal: int | None = None) -> RunResult:
+        counters = self.run.counters
+        return RunResult(self.config.folder, counters.step, dict(self.latest), counters.skipped, signal)
+
+    def _introduce(self) -> None:
+        """The numbers a reader needs to judge the run, before its first step."""
+        optim, run = self.config.optim, self.run
+        trained = sum(p.numel() for p in run.parameters)
+        epochs = optim.steps * run.global_batch / max(1, len(self.parts.cache))
+        say = self.reporter.say
+        say(
+            f"{trained:,} trained weights on {self.parallel.device}; "
+            f"{len(self.parts.cache)} pairs, {epochs:.2f} epochs"
+        )
+        say(
+            f"step = {run.global_batch} pairs ({optim.batch_size} x {optim.accumulation} micro-steps x "
+            f"{self.parallel.world} processes); {optim.optimizer}, lr {optim.lr:g} after {optim.warmup} "
+            f"warm-up steps, {optim.schedule}"
+        )
+        if self.parts.summary:
+            say(self.parts.summary)
+
+    def _nonfinite_message(self, outcome: Outcome) -> str:
+        config, counters = self.config, self.run.counters
+        rate = learning_rate(config.optim, counters.step - 1)
+        reasons = "a learning rate that is too high, or broken pairs in the data (diffalign data validate)"
+        if config.model.precision == "fp16":
+            reasons = (
+                f"fp16 overflow (try model.precision=bf16, or model.vae with an fp16-safe VAE), {reasons}"
+            )
+        return (
+            f"{counters.skipped_in_a_row} steps in a row were not finite and were skipped; stopped at step "
+            f"{counters.step} of {config.optim.steps}. Last values: loss {outcome.loss / self.run.rows:g}, "
+            f"gradient norm {outcome.grad_norm:g}, lr {rate:g}. Likely: {reasons}. The weights from before "
+            f"the first of these steps are saved in {config.folder / 'checkpoints'}."
+        )
+
+
+def prefetched(draws: Iterable[Draw], fetch: Callable[[Draw], Batch], depth: int = 2) -> Iterator[Batch]:
+    """Fetch batches ahead on one background thread, in order; its errors are raised here."""
+    pending: deque[Future[Batch]] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="fetch") as pool:
+        for draw in draws:
+            pending.append(pool.submit(fetch, draw))
+            if len(pending) > depth:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

@@ -1,0 +1,130 @@
+"""Take a finished run elsewhere: LoRA files for diffusers, ComfyUI and peft; pipelines; model cards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+from torch import Tensor
+
+from diffalign.backbones import Backbone, model_family, open_backbone
+from diffalign.backbones.base import scheduler_process
+from diffalign.backbones.loading import Source, open_source, quiet
+from diffalign.config import RunConfig, load_run_config
+from diffalign.errors import DiffalignError
+from diffalign.lora_files import write_diffusers, write_kohya, write_peft
+from diffalign.model_card import kohya_metadata, model_card
+
+Format = Literal["diffusers", "kohya", "peft", "merged"]
+WEIGHTS = Path("final") / "trainable.safetensors"
+PIPELINE = "pipeline"
+
+
+def export_run(
+    run_folder: Path, format: Format, output: Path, dtype: torch.dtype = torch.float16
+) -> list[Path]:
+    """Write a finished run in the format of another tool, with a model card; returns the paths written.
+
+    Args:
+        format: diffusers (`load_lora_weights`), kohya (ComfyUI, A1111), peft (adapter folder) or merged
+            (a whole pipeline with the trained weights in it). After full fine-tuning the pipeline is the only
+            format; diffusers and merged both give it.
+        output: folder, created if needed.
+        dtype: number format of a pipeline's weights; LoRA files keep the float32 they were trained in.
+
+    Raises:
+        DiffalignError: not a finished run, unknown format, or one that these weights have not.
+    """
+    run_folder, output = Path(run_folder), Path(output)
+    if format not in get_args(Format):
+        raise DiffalignError(f"export format is {format!r}; expected one of: {', '.join(get_args(Format))}.")
+    config = load_run_config(run_folder)
+    state = _trained_weights(run_folder)
+    source = open_source(config.model)
+    pipeline_class = model_family(source.pipeline_name, config.model.path).pipeline_class
+    output.mkdir(parents=True, exist_ok=True)
+    if format == "merged" or config.model.tune == "full":
+        paths = [_write_merged(config, state, format, output, dtype)]
+        form = "merged"
+    else:
+        paths = _write_lora(config, state, format, output, source, pipeline_class)
+        form = format
+    card = output / "README.md"
+    card.write_text(model_card(run_folder, config, form, paths[0].name, source.pipeline_name), "utf-8")
+    return [*paths, card]
+
+
+def save_lora(backbone: Backbone, folder: Path) -> Path:
+    """Write the backbone's adapters as `pytorch_lora_weights.safetensors` in a folder, alpha included."""
+    state = backbone.trainable_state()
+    return write_diffusers(backbone.pipeline_class, state, backbone.config.lora, Path(folder))
+
+
+def save_pipeline(backbone: Backbone, folder: Path, dtype: torch.dtype = torch.float16) -> Path:
+    """Write the backbone as a whole pipeline, in a folder `pipeline` inside `folder`.
+
+    Raises:
+        DiffalignError: the network has adapters that are not merged.
+    """
+    if any(".lora_" in name for name, _ in backbone.core.named_parameters()):
+        raise DiffalignError(
+            "the network has adapters; export the run as merged, or save them with save_lora."
+        )
+    config: Any = backbone.core.config
+    with torch.device("meta"):
+        network = UNet2DConditionModel.from_config(config)
+    weights = {name: value.detach().to("cpu", dtype) for name, value in backbone.core.state_dict().items()}
+    network.load_state_dict(weights, assign=True)
+    target = Path(folder) / PIPELINE
+    pipeline = backbone.load_pipeline(network, dtype)
+    with quiet():
+        pipeline.save_pretrained(target)
+    return target
+
+
+def _trained_weights(run_folder: Path) -> dict[str, Tensor]:
+    path = run_folder / WEIGHTS
+    if not path.is_file():
+        raise DiffalignError(
+            f"{run_folder} has no {WEIGHTS}: the run is not finished. Continue it with "
+            "diffalign train RECIPE --resume, then export."
+        )
+    return load_file(path)
+
+
+def _write_lora(
+    config: RunConfig,
+    state: dict[str, Tensor],
+    format: Format,
+    output: Path,
+    source: Source,
+    pipeline_class: Any,
+) -> list[Path]:
+    lora = config.model.lora
+    if format == "diffusers":
+        return [write_diffusers(pipeline_class, state, lora, output)]
+    if format == "peft":
+        return write_peft(state, lora, output, config.model.path)
+    metadata = kohya_metadata(config, source, scheduler_process(source).prediction)
+    return [write_kohya(state, lora, output / f"{config.name}.safetensors", metadata)]
+
+
+def _write_merged(
+    config: RunConfig, state: dict[str, Tensor], format: Format, output: Path, dtype: torch.dtype
+) -> Path:
+    if config.model.tune == "full" and format not in ("merged", "diffusers"):
+        raise DiffalignError(
+            f"the run tuned all weights, which have no {format} format; use merged: a whole pipeline."
+        )
+    # Merged in float32 on the CPU whatever the run used, so that the sum of base and adapters is not rounded.
+    plain = {"precision": "fp32", "attention": "auto", "compile": False, "gradient_checkpointing": False}
+    model = config.model.model_copy(update=plain)
+    backbone = open_backbone(model, device="cpu", resolution=config.data.resolution)
+    backbone.load_trainable_state(state)
+    if config.model.tune == "lora":
+        backbone.core.fuse_lora()  # type: ignore[operator]
+        backbone.core.unload_lora()  # type: ignore[operator]
+    return save_pipeline(backbone, output, dtype)

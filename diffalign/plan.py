@@ -1,0 +1,324 @@
+"""What a run will take, before it starts: parameters, memory, compute and disk, without loading any weights.
+
+The network is built from its configuration on PyTorch's meta device, where tensors have shapes but no data,
+and one forward pass is traced: autograd tells which activations it would keep, every matrix product its cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffalign.config import RunConfig, trainer_class, trainer_config
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+GB = 1e9
+# Bytes of optimiser state per trained weight; Adafactor keeps a row and a column per matrix.
+OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2.0, "adafactor": 0.05}
+# What diffusers recomputes as one piece under gradient checkpointing.
+CHECKPOINTED = ("ResnetBlock2D", "BasicTransformerBlock")
+TOKENS = 77
+
+
+@dataclass(frozen=True)
+class NetworkSize:
+    """Numbers of weights, and bytes and multiply-adds of a forward pass over one pair (two pictures)."""
+
+    total: int
+    trained: int
+    activations: int
+    forward_flops: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Resources of a run; None where the model or the data is not on this machine yet."""
+
+    config: RunConfig
+    dtype: torch.dtype
+    frozen_copy: bool
+    network: NetworkSize | None
+    pairs: int | None
+    world: int = 1
+
+    @property
+    def pairs_per_step(self) -> int:
+        """Pairs of an optimiser step over all processes."""
+        optim = self.config.optim
+        return optim.batch_size * optim.accumulation * self.world
+
+    @property
+    def epochs(self) -> float | None:
+        """Passes over the data."""
+        return self.pairs and self.config.optim.steps * self.pairs_per_step / self.pairs
+
+    def memory(self) -> dict[str, float]:
+        """Bytes per process by use, without the libraries' own (about 1 GB on a GPU); empty when unknown."""
+        size, config = self.network, self.config
+        if size is None:
+            return {}
+        full = config.model.tune == "full"
+        width = self.dtype.itemsize
+        uses = {
+            "network": size.total * 4.0 if full else (size.total - size.trained) * width + size.trained * 4.0,
+            "frozen copy": size.total * width if self.frozen_copy else 0.0,
+            "gradients": size.trained * 4.0,
+            "optimiser": size.trained * OPTIMIZER_BYTES[config.optim.optimizer],
+            "averaged weights": size.trained * 4.0 if config.optim.ema else 0.0,
+            # Autocast keeps a low-precision copy of float32 weights during a forward.
+            "cast weights": size.total * width if full and width < 4 else 0.0,
+            "activations": float(size.activations * config.optim.batch_size),
+        }
+        return {name: value for name, value in uses.items() if value}
+
+    def flops(self) -> float | None:
+        """Floating-point operations of the whole run over all processes."""
+        if self.network is None:
+            return None
+        options = self.config.trainer
+        # Backward costs one forward for the inputs' gradients, and one more for the weights'.
+        passes = 1 + (2 if self.config.model.tune == "full" else 1)
+        passes += options.get("reference") != "cached"
+        passes += self.config.model.gradient_checkpointing
+        pairs = self.config.optim.steps * self.pairs_per_step
+        return float(self.network.forward_flops) * passes * pairs
+
+    def disk(self) -> float | None:
+        """Bytes of the checkpoints that are kept, and of the one being written."""
+        if self.network is None:
+            return None
+        kept = self.config.checkpoint.keep_last + 1 + self.config.checkpoint.keep_best
+        each = 4 + OPTIMIZER_BYTES[self.config.optim.optimizer] + (4 if self.config.optim.ema else 0)
+        return self.network.trained * each * kept
+
+    def table(self) -> Table:
+        """The plan for people."""
+        from rich.table import Table
+
+        table = Table(title=f"plan of {self.config.name}", show_header=False)
+        for name, value in self._lines():
+            table.add_row(name, value)
+        return table
+
+    def _lines(self) -> Iterator[tuple[str, str]]:
+        unknown, size, optim = "unknown until downloaded", self.network, self.config.optim
+        yield "trained weights", f"{size.trained:,} of {size.total:,}" if size else unknown
+        yield "precision", str(self.dtype).removeprefix("torch.")
+        yield (
+            "pairs per step",
+            f"{self.pairs_per_step} ({optim.batch_size} x {optim.accumulation} micro-steps "
+            f"x {self.world} processes)",
+        )
+        yield "steps", f"{optim.steps:,}: {optim.steps * self.pairs_per_step:,} pairs"
+        yield "epochs", f"{self.epochs:.2f} of {self.pairs:,} pairs" if self.pairs else unknown
+        uses = self.memory()
+        yield "memory (estimate)", f"{sum(uses.values()) / GB:.2f} GB per process" if uses else unknown
+        for name, value in uses.items():
+            yield f"  {name}", f"{value / GB:.2f} GB"
+        flops, disk = self.flops(), self.disk()
+        yield (
+            "compute",
+            f"{flops:.2e} FLOP ({flops / 1e14 / 3600:.2f} h at 100 TFLOP/s)" if flops else unknown,
+        )
+        yield "checkpoints", f"up to {disk / GB:.2f} GB of disk" if disk else unknown
+
+
+def plan_run(config: RunConfig) -> Plan:
+    """Size a run up for this machine.
+
+    Raises:
+        DiffalignError: bad trainer options, or a model or data path that does not exist.
+    """
+    import os
+
+    from diffalign.backbones.loading import choose_precision
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    frozen = trainer_class(config).needs_frozen_copy(trainer_config(config), config.model.tune)
+    return Plan(
+        config,
+        choose_precision(config.model.precision, device),
+        frozen,
+        network_size(config, choose_precision(config.model.precision, device)),
+        _pairs(config),
+        int(os.environ.get("WORLD_SIZE", "1")),
+    )
+
+
+def network_size(config: RunConfig, dtype: torch.dtype) -> NetworkSize | None:
+    """Size of the network as it will be tuned; None when its configuration is not on this machine.
+
+    Raises:
+        DiffalignError: the model path does not exist.
+    """
+    from diffalign.backbones.loading import quiet
+
+    network = _meta_network(config)
+    if network is None:
+        return None
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in network.parameters())
+    with quiet():
+        network.to(dtype)
+    with _counting(network) as kept, FlopCounterMode(display=False) as counter:
+        network(**_meta_inputs(network, config, dtype))
+    activations = kept.peak() if config.model.gradient_checkpointing else kept.total()
+    return NetworkSize(total, trained, activations, counter.get_total_flops() + kept.attention_flops)
+
+
+def _pairs(config: RunConfig) -> int | None:
+    """Number of usable labels in local data; None for data on the hub."""
+    from diffalign.data.pairs import choose_pairs
+    from diffalign.data.sources import open_records
+
+    source = config.data.source
+    if not source.startswith("scenes:") and source.count("/") == 1 and not Path(source).expanduser().exists():
+        return None
+    return len(choose_pairs(open_records(config.data), config.data.labels, config.data.ties, config.seed))
+
+
+def _meta_network(config: RunConfig) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    from diffalign.backbones.loading import quiet, resolve_model
+    from diffalign.backbones.lora import add_lora
+
+    path = resolve_model(config.model.path)
+    try:
+        with quiet():
+            values = UNet2DConditionModel.load_config(
+                path, subfolder="unet", revision=config.model.revision, local_files_only=True
+            )
+    except OSError:
+        return None
+    with torch.device("meta"):
+        network = UNet2DConditionModel.from_config(values)
+        if config.model.tune == "lora":
+            add_lora(network, config.model.lora, config.seed, autocast=False)
+    return network.train()
+
+
+def _meta_inputs(network: Any, config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Inputs of one pair: two pictures."""
+    facts = network.config
+    factor = _latent_factor(config)
+    side = config.data.resolution // factor
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(*shape, device="meta", dtype=dtype)
+
+    inputs: dict[str, Any] = {
+        "sample": empty(2, facts.in_channels, side, side),
+        "timestep": torch.empty(2, device="meta"),
+        "encoder_hidden_states": empty(2, TOKENS, facts.cross_attention_dim),
+    }
+    if facts.addition_embed_type == "text_time":
+        pooled = facts.projection_class_embeddings_input_dim - 6 * facts.addition_time_embed_dim
+        inputs["added_cond_kwargs"] = {"text_embeds": empty(2, pooled), "time_ids": empty(2, 6)}
+    return inputs
+
+
+def _latent_factor(config: RunConfig) -> int:
+    """Pixels per latent; 8 when the VAE's configuration is not on this machine."""
+    from diffusers import AutoencoderKL
+
+    from diffalign.backbones.loading import quiet, resolve_model
+
+    try:
+        with quiet():
+            values = AutoencoderKL.load_config(
+                resolve_model(config.model.path), subfolder="vae", local_files_only=True
+            )
+    except OSError:
+        return 8
+    return int(2 ** (len(values["block_out_channels"]) - 1))
+
+
+class _Kept:
+    """Bytes that autograd keeps for the backward pass, inside and outside of the recomputed blocks."""
+
+    def __init__(self, parameters: set[int]):
+        self.parameters = parameters
+        self.attention_flops = 0
+        self._seen: set[int] = set()
+        self._tensors: list[Tensor] = []
+        self._block: int | None = None
+        self._outside = 0
+        self._blocks: list[int] = []
+        self._inputs = 0
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        """Count a tensor that autograd saves, each storage once and no parameter."""
+        key = tensor.untyped_storage()._cdata
+        if key not in self._seen and key not in self.parameters:
+            self._seen.add(key)
+            # Held, so that no later storage gets the same address.
+            self._tensors.append(tensor)
+            if self._block is None:
+                self._outside += tensor.untyped_storage().nbytes()
+            else:
+                self._blocks[self._block] += tensor.untyped_storage().nbytes()
+        return tensor
+
+    def enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """A block that gradient checkpointing recomputes begins."""
+        self._blocks.append(0)
+        self._block = len(self._blocks) - 1
+        self._inputs += inputs[0].nbytes if inputs else 0
+
+    def leave(self, *_: Any) -> None:
+        """It ends."""
+        self._block = None
+
+    def total(self) -> int:
+        """Everything kept."""
+        return self._outside + sum(self._blocks)
+
+    def peak(self) -> int:
+        """With recomputation: the blocks' inputs, and what the largest block keeps while it is recomputed."""
+        return self._outside + self._inputs + max(self._blocks, default=0)
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Stands for a fused attention kernel, which keeps its inputs and its output but no score matrix."""
+        self.attention_flops += 4 * query.numel() * key.shape[-2]
+        out: Tensor = _FusedAttention.apply(query, key, value)
+        return out
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Shapes and saved tensors of fused attention, without its arithmetic."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+
+@contextmanager
+def _counting(network: nn.Module) -> Iterator[_Kept]:
+    kept = _Kept({p.untyped_storage()._cdata for p in network.parameters()})
+    handles = []
+    for module in network.modules():
+        if type(module).__name__ in CHECKPOINTED:
+            handles += [
+                module.register_forward_pre_hook(kept.enter),
+                module.register_forward_hook(kept.leave),
+            ]
+    patch = mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", kept.attention)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x), patch:
+            yield kept
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,1 @@
+"""Generation of pictures; transition kernels and rollouts."""

@@ -1,0 +1,89 @@
+"""Pictures from prompts and seeds, through the diffusers pipeline itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign.backbones.base import Backbone
+from diffalign.backbones.loading import quiet
+from diffalign.errors import DiffalignError
+
+
+def generate_images(
+    model: Backbone | Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance: float,
+    batch_size: int = 8,
+    resolution: tuple[int, int] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Generate one picture per prompt and seed: `[N, 3, H, W]` in [0, 1], float32, on the CPU.
+
+    Each picture has its own CPU generator with its seed, so it is what a user gets from the pipeline with the
+    same prompt, seed, steps and guidance, and, but for float rounding, it does not depend on its batch.
+
+    Args:
+        model: a backbone (the policy; inside `backbone.reference()` the frozen model) or a pipeline.
+        guidance: classifier-free guidance scale; 1 or less turns it off.
+        resolution: `(height, width)` in pixels; None is the backbone's, or the pipeline's own.
+        progress: called after every batch with the number of pictures done.
+
+    Raises:
+        DiffalignError: numbers of prompts and seeds differ, or there are none.
+    """
+    if len(prompts) != len(seeds) or not prompts:
+        raise DiffalignError(
+            f"there are {len(prompts)} prompts and {len(seeds)} seeds; expected one seed per prompt."
+        )
+    if isinstance(model, Backbone):
+        resolution = resolution or model.resolution
+    size = {} if resolution is None else {"height": resolution[0], "width": resolution[1]}
+    batches: list[Tensor] = []
+    with _ready(model) as pipeline:
+        for start in range(0, len(prompts), batch_size):
+            rows = slice(start, start + batch_size)
+            batches.append(_batch(pipeline, prompts[rows], seeds[rows], steps, guidance, size))
+            if progress is not None:
+                progress(min(start + batch_size, len(prompts)))
+    return torch.cat(batches)
+
+
+def _batch(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float,
+    size: dict[str, int],
+) -> Tensor:
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    images = pipeline(
+        prompt=list(prompts),
+        generator=generators,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        output_type="pt",
+        **size,
+    ).images
+    return images.float().cpu()
+
+
+@contextmanager
+def _ready(model: Backbone | Any) -> Iterator[Any]:
+    """The model's pipeline without progress bars; a backbone without dropout."""
+    pipeline: Any = model.pipeline() if isinstance(model, Backbone) else model
+    bars = dict(getattr(pipeline, "_progress_bar_config", {}))
+    pipeline.set_progress_bar_config(**{**bars, "disable": True})
+    try:
+        with quiet(), model.inference() if isinstance(model, Backbone) else nullcontext():
+            yield pipeline
+    finally:
+        pipeline.set_progress_bar_config(**bars)
