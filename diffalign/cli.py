@@ -14,7 +14,6 @@ from diffalign.errors import DiffalignError
 app = typer.Typer(
     name="diffalign",
     help="Fine-tune image generators on preferences, and measure whether anything got better.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -32,8 +31,9 @@ Guidance = Annotated[float | None, typer.Option(min=0, help="Classifier-free gui
 Rows = Annotated[int | None, typer.Option("--batch-size", min=1, help="Pictures made at once.")]
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def root(
+    context: typer.Context,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show tracebacks; works anywhere in the line.")
     ] = False,
@@ -44,7 +44,9 @@ def root(
         from diffalign import __version__
 
         typer.echo(__version__)
-        raise typer.Exit
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -70,9 +72,9 @@ def recipes_list() -> None:
 @recipes.command("show")
 def recipes_show(name: Annotated[str, typer.Argument(help="Name of a recipe.")]) -> None:
     """Print a recipe with its comments."""
-    from diffalign.recipes import recipe_text
+    from diffalign.recipes import shipped_text
 
-    typer.echo(recipe_text(name)[0], nl=False)
+    typer.echo(shipped_text(name), nl=False)
 
 
 @recipes.command("copy")

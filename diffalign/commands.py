@@ -28,6 +28,10 @@ def run_demo_command(output: Path, steps: int | None, seed: int) -> None:
     """The main job on the embedded world."""
     from diffalign.demo import run_demo
 
+    if output.is_dir() and any(output.iterdir()) and not (output / "config.yaml").is_file():
+        raise DiffalignError(
+            f"{output} is not an earlier demo and would be replaced; choose another --output"
+        )
     overrides = [f"seed={seed}", *([f"optim.steps={steps}"] if steps else [])]
     with Reporter() as reporter:
         evaluation = run_demo(output, overrides, reporter)
@@ -35,12 +39,16 @@ def run_demo_command(output: Path, steps: int | None, seed: int) -> None:
 
 
 def list_recipes() -> None:
-    """Names and first lines."""
-    from diffalign.recipes import recipe_names, recipe_summary
+    """Names and what they are for; then the launcher files."""
+    from diffalign.recipes import launcher_names, recipe_names, summary
 
     table = Table(box=None, show_header=False)
     for name in recipe_names():
-        table.add_row(name, recipe_summary(name))
+        table.add_row(name, summary(name))
+    table.add_section()
+    table.add_row("", "for accelerate launch --config_file, after diffalign recipes copy:")
+    for name in launcher_names():
+        table.add_row(name, summary(name))
     Console().print(table)
 
 

@@ -55,8 +55,9 @@ def reference_errors(backbone: Backbone, pairs: NoisedPairs) -> Tensor:
     """
     frozen = backbone.config.tune != "full"
     with backbone.inference():
-        pred = backbone.predict(pairs.x_t, pairs.t, pairs.conditioning, reference=frozen)
-    return squared_error(pred, pairs.target)
+        return squared_error(
+            backbone.predict(pairs.x_t, pairs.t, pairs.conditioning, reference=frozen), pairs.target
+        )
 
 
 def pair_errors(backbone: Backbone, pairs: NoisedPairs, stored: Tensor | None = None) -> PairErrors:

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -315,10 +314,12 @@ def _counting(network: nn.Module) -> Iterator[_Kept]:
                 module.register_forward_pre_hook(kept.enter),
                 module.register_forward_hook(kept.leave),
             ]
-    patch = mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", kept.attention)
+    fused = torch.nn.functional.scaled_dot_product_attention
+    torch.nn.functional.scaled_dot_product_attention = kept.attention
     try:
-        with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x), patch:
+        with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x):
             yield kept
     finally:
+        torch.nn.functional.scaled_dot_product_attention = fused
         for handle in handles:
             handle.remove()

@@ -1,4 +1,4 @@
-"""The shipped recipes: YAML files inside the package."""
+"""The shipped recipes, and the launcher files for several processes: YAML inside the package."""
 
 from __future__ import annotations
 
@@ -7,20 +7,17 @@ from pathlib import Path
 
 from diffalign.errors import DiffalignError, nearest
 
+LAUNCHERS = "accelerate"
+
 
 def recipe_names() -> list[str]:
     """Names of the shipped recipes such as `scenes/dpo`, sorted."""
-    root = files("diffalign.configs")
-    rooms = [
-        room for room in root.iterdir() if room.is_dir() and room.name not in ("accelerate", "__pycache__")
-    ]
-    found = [
-        f"{room.name}/{file.name[:-5]}"
-        for room in rooms
-        for file in room.iterdir()
-        if file.name.endswith(".yaml")
-    ]
-    return sorted(found)
+    return [name for name in _shipped() if not name.startswith(f"{LAUNCHERS}/")]
+
+
+def launcher_names() -> list[str]:
+    """Names of the shipped files for `accelerate launch --config_file`, sorted."""
+    return [name for name in _shipped() if name.startswith(f"{LAUNCHERS}/")]
 
 
 def recipe_text(path_or_name: str) -> tuple[str, str]:
@@ -30,35 +27,50 @@ def recipe_text(path_or_name: str) -> tuple[str, str]:
         DiffalignError: neither a readable file nor a shipped recipe.
     """
     path = Path(path_or_name)
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8"), str(path)
-        except (OSError, UnicodeDecodeError) as error:
-            raise DiffalignError(f"{path} cannot be read as text: {error}") from error
-    name = path_or_name.removesuffix(".yaml")
-    if name in recipe_names():
-        return files("diffalign.configs").joinpath(f"{name}.yaml").read_text(
-            encoding="utf-8"
-        ), f"recipe {name}"
-    close = nearest(name, recipe_names())
-    hint = f"did you mean {close}?" if close else f"shipped recipes: {', '.join(recipe_names()) or 'none'}"
-    raise DiffalignError(f"{path_or_name} is neither a file nor a shipped recipe; {hint}")
+    if not path.is_file():
+        name = path_or_name.removesuffix(".yaml")
+        return shipped_text(name, recipe_names()), f"recipe {name}"
+    try:
+        return path.read_text(encoding="utf-8"), str(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DiffalignError(f"{path} cannot be read as text: {error}") from error
 
 
-def recipe_summary(name: str) -> str:
-    """First comment line of a shipped recipe."""
-    text, _ = recipe_text(name)
-    lines = (line.lstrip("# ").strip() for line in text.splitlines() if line.startswith("#"))
-    return next((line for line in lines if line), "")
+def shipped_text(name: str, allowed: list[str] | None = None) -> str:
+    """Text of a shipped file, comments included.
+
+    Args:
+        allowed: names that count; all shipped ones if not given.
+
+    Raises:
+        DiffalignError: no such file; the nearest name is given.
+    """
+    name, allowed = name.removesuffix(".yaml"), allowed or _shipped()
+    if name in allowed:
+        return files("diffalign.configs").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    close = nearest(name, allowed)
+    hint = f"did you mean {close}?" if close else f"shipped: {', '.join(allowed)}"
+    raise DiffalignError(f"{name} is neither a file nor a shipped recipe; {hint}")
+
+
+def summary(name: str) -> str:
+    """First sentence of a shipped file's head comment."""
+    head: list[str] = []
+    for line in shipped_text(name).splitlines():
+        text = line.lstrip("#").strip()
+        if not text or not line.startswith("#"):
+            break
+        head.append(text)
+    return " ".join(head).split(". ")[0].rstrip(".")
 
 
 def copy_recipe(name: str, target: Path) -> Path:
-    """Write a shipped recipe to a file (or into a folder) for editing.
+    """Write a shipped file to a file (or into a folder) for editing.
 
     Raises:
         DiffalignError: no such recipe, or the file is already there.
     """
-    text, _ = recipe_text(name)
+    text = shipped_text(name)
     if target.is_dir():
         target = target / f"{Path(name).name.removesuffix('.yaml')}.yaml"
     if target.exists():
@@ -66,3 +78,10 @@ def copy_recipe(name: str, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(text, encoding="utf-8")
     return target
+
+
+def _shipped() -> list[str]:
+    root = files("diffalign.configs")
+    rooms = [room for room in root.iterdir() if room.is_dir()]
+    found = [(room.name, file.name) for room in rooms for file in room.iterdir()]
+    return sorted(f"{room}/{file[:-5]}" for room, file in found if file.endswith(".yaml"))

@@ -121,7 +121,7 @@ def open_folder(folder: Path, fresh: bool) -> None:
         DiffalignError: it cannot be created or written.
     """
     try:
-        if fresh:
+        if fresh and (folder / "metrics.jsonl").is_file():
             for name in ("tb", "samples", "final"):
                 shutil.rmtree(folder / name, ignore_errors=True)
         for name in ("checkpoints", "samples", "tb"):

@@ -39,7 +39,7 @@ class Pair:
     label: float
 
 
-def build_preferences(out: Path, seed: int, device: str, train: int = 2000, validation: int = 320) -> None:
+def build_preferences(out: Path, seed: int, device: str, train: int = 1700, validation: int = 260) -> None:
     """Sample, judge and write both splits under `out/preferences`."""
     pipeline = StableDiffusionXLPipeline.from_pretrained(out / "tiny-sdxl").to(device)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)

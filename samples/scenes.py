@@ -226,7 +226,7 @@ def _apart(placed: list[Placed]) -> bool:
 
 
 def stands(a: Placed, b: Placed, relation: str, margin: float, slope: float = 1.0) -> bool:
-    """Whether `a` is `margin` pixels or more in `relation` to `b`, and across that axis at most `slope` times as far."""
+    """Whether `a` is `margin` pixels or more in `relation` to `b`, and at most `slope` times that off across it."""
     dx, dy = a.x - b.x, a.y - b.y
     along, across = (dx, dy) if relation in ("left of", "right of") else (dy, dx)
     if relation in ("left of", "above"):

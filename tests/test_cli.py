@@ -75,19 +75,18 @@ def test_resumed_training_of_the_real_parts_is_equal_to_the_bit(recipe):
 @pytest.mark.parametrize(
     "overrides",
     [
+        ["model.tune=full", "optim.ema=0.9", "model.gradient_checkpointing=true"],
         [
-            "model.tune=full",
-            "optim.ema=0.9",
-            "trainer.reference=frozen_copy",
-            "model.gradient_checkpointing=true",
+            "trainer.reference=cached",
+            "trainer.reference_draws=2",
+            "optim.accumulation=2",
+            "model.precision=bf16",
         ],
-        ["trainer.reference=cached", "trainer.reference_draws=2", "optim.accumulation=2", "precision=bf16"],
         ["optim.optimizer=adafactor", "data.labels=swapped", "data.flip=true", "trainer.caption_dropout=0.5"],
     ],
     ids=["full", "cached", "adafactor"],
 )
 def test_options_train_two_steps(recipe, overrides):
-    overrides = [o.replace("precision=", "model.precision=") for o in overrides]
     assert cli.run(["train", str(recipe), "optim.steps=2", *overrides]) == 0
     assert all(torch.isfinite(value).all() for value in trained().values())
     if "model.tune=full" in overrides:
