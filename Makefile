@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Without compiled files every process compiles torch and diffusers again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-all lint format bench clean
 

@@ -134,7 +134,9 @@ def peak_memory(mode: Mode, settings: Settings) -> float:
     return timing.peak_resident_memory() - before
 
 
-def measure(settings: Settings, chosen: Sequence[Mode], repeats: int, warmup: int, memory: bool) -> dict[str, Any]:
+def measure(
+    settings: Settings, chosen: Sequence[Mode], repeats: int, warmup: int, memory: bool
+) -> dict[str, Any]:
     """Time all modes in this process in turns, then take the memory of each in a process of its own."""
     device = torch.device(settings.device)
     machine = timing.machine(device)
@@ -163,7 +165,11 @@ def show(result: dict[str, Any], console: Console) -> None:
     for row in result["rows"]:
         memory = "" if row["peak_memory_mb"] is None else f"{row['peak_memory_mb']:.0f}"
         table.add_row(
-            row["mode"], f"{row['seconds']:.4f}", f"{row['pairs_per_second']:.1f}", f"{row['ratio']:.2f}", memory
+            row["mode"],
+            f"{row['seconds']:.4f}",
+            f"{row['pairs_per_second']:.1f}",
+            f"{row['ratio']:.2f}",
+            memory,
         )
     console.print(table)
 
@@ -172,7 +178,9 @@ def main(
     pairs: Annotated[int, typer.Option(min=1, help="Pairs per step.")] = 16,
     repeats: Annotated[int, typer.Option(min=1, help="Timed steps of each mode.")] = 30,
     warmup: Annotated[int, typer.Option(min=0, help="Steps of each mode before timing.")] = 3,
-    precision: Annotated[str, typer.Option(help="Our precisions, comma-separated: fp32, bf16, fp16.")] = "fp32,bf16",
+    precision: Annotated[
+        str, typer.Option(help="Our precisions, comma-separated: fp32, bf16, fp16.")
+    ] = "fp32,bf16",
     model: Annotated[str, typer.Option(help="An SDXL-type model, as in a recipe.")] = "scenes:tiny-sdxl",
     data: Annotated[str, typer.Option(help="Preference pairs, as in a recipe.")] = "scenes:preferences",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")] = "auto",

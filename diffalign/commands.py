@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +136,10 @@ def generate_pictures(
             for offset, image in enumerate(generate_batch(backbone, rows, settings)):
                 file = f"{start + offset:04d}.png"
                 write_picture(image, out / file)
-                lines.append(json.dumps({"file": file, **asdict(rows[offset])}, ensure_ascii=False))
+                row = rows[offset]
+                lines.append(
+                    json.dumps({"file": file, "prompt": row.text, "seed": row.seed}, ensure_ascii=False)
+                )
             reporter("pictures", len(lines), len(prompts))
         (out / "pictures.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         reporter.say(

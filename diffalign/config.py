@@ -260,19 +260,12 @@ def trainer_class(config: RunConfig) -> Any:
     Raises:
         DiffalignError: `trainer.method` is missing or unknown.
     """
-    from importlib import import_module
+    import diffalign.trainers as trainers
+    from diffalign.errors import DiffalignError
 
-    from diffalign.errors import DiffalignError, nearest
-    from diffalign.trainers import TRAINERS
-
-    method = config.trainer.get("method")
-    if method not in TRAINERS:
-        close = nearest(str(method), list(TRAINERS))
-        hint = f" Did you mean {close!r}?" if close else ""
-        seen = "is missing" if method is None else f"is {method!r}"
-        raise DiffalignError(f"trainer.method {seen}; expected one of: {', '.join(sorted(TRAINERS))}.{hint}")
-    module, name = TRAINERS[method].split(":")
-    return getattr(import_module(module), name)
+    if "method" not in config.trainer:
+        raise DiffalignError(f"trainer.method is missing; expected one of: {', '.join(trainers.TRAINERS)}")
+    return trainers.trainer_class(str(config.trainer["method"]))
 
 
 def with_trainer_defaults(config: RunConfig) -> RunConfig:

@@ -31,9 +31,7 @@ def build_optimizer(config: OptimConfig, parameters: Sequence[Parameter]) -> tor
     common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     cuda = parameters[0].is_cuda
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(
-            parameters, betas=config.betas, eps=config.eps, fused=True if cuda else None, **common
-        )
+        return torch.optim.AdamW(parameters, betas=config.betas, eps=config.eps, fused=True, **common)
     if config.optimizer == "adafactor":
         return torch.optim.Adafactor(parameters, **common)
     return _adamw8bit(config, parameters, cuda)

@@ -46,7 +46,9 @@ class Draw:
 
     def slice(self, start: int, stop: int) -> Draw:
         """The rows start..stop as a draw of their own."""
-        return Draw(self.seed, self.step, self.records[start:stop], self.positions[start:stop], self.global_batch)
+        return Draw(
+            self.seed, self.step, self.records[start:stop], self.positions[start:stop], self.global_batch
+        )
 
     def normal(self, shape: Sequence[int], *keys: int | str) -> Tensor:
         """Standard normal noise `[B, *shape]`, one generator per row; `keys` name the use."""

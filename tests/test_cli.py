@@ -59,6 +59,7 @@ def test_train_writes_a_lora_that_diffusers_loads(recipe, tiny_sdxl):
     assert any("held_out/implicit_accuracy" in line for line in metrics())
     assert sorted(p.name for p in (folder / "samples").iterdir()) == ["step-000000.png", "step-000004.png"]
     assert (folder / "final" / "README.md").is_file()
+    assert "Implicit accuracy" in (folder / "report.html").read_text()
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl)
     pipeline.load_lora_weights(folder / "final" / "pytorch_lora_weights.safetensors")
     assert "default_0" in pipeline.get_list_adapters()["unet"]

@@ -67,6 +67,6 @@ def test_keys_files_and_links_exist(page):
     keys = {key.rstrip(".") for key in re.findall(sections, text)} - {"evaluation.json"}
     assert keys <= KEYS, sorted(keys - KEYS)
     files = set(re.findall(r"`((?:diffalign|trainers|rewards|samples|tests|configs)/[\w/.-]+\.\w+)`", text))
-    assert [name for name in files if not (ROOT / name).is_file()] == []
+    assert [name for name in files if "NNN" not in name and not (ROOT / name).is_file()] == []
     links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
     assert [link for link in links if not (page.parent / link).is_file()] == []

@@ -8,7 +8,12 @@ from hypothesis import strategies as st
 
 from diffalign.process import Process
 
-SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+SDXL = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+}
 PREDICTIONS = ["epsilon", "sample", "v_prediction"]
 
 

@@ -8,7 +8,9 @@ from diffalign.randomness import Draw, batch_records, derive_seed
 
 
 def whole(step: int = 3, size: int = 8) -> Draw:
-    return Draw(seed=1, step=step, records=list(range(10, 10 + size)), positions=list(range(size)), global_batch=size)
+    return Draw(
+        seed=1, step=step, records=list(range(10, 10 + size)), positions=list(range(size)), global_batch=size
+    )
 
 
 @given(cut=st.integers(1, 7), stratified=st.booleans())

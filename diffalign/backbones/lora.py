@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from diffalign.backbones.fused_lora import fuse_linear_layers
 from diffalign.config import LoRAConfig
 from diffalign.errors import DiffalignError, nearest
 from diffalign.randomness import derive_seed
@@ -65,6 +66,7 @@ def add_lora(network: nn.Module, config: LoRAConfig, seed: int, autocast: bool) 
     layers: list[LoraLayer] = [module for module in network.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
         layer.cast_input_dtype_enabled = not autocast
+    fuse_linear_layers(layers)
     return layers
 
 

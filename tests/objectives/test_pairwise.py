@@ -96,7 +96,9 @@ def test_historic_bug_log_sigmoid_of_the_batch_mean_is_not_our_loss():
     margin = torch.tensor([4.0, -4.0])
     wrong = -F.logsigmoid(margin.mean())
     assert wrong.item() == pytest.approx(math.log(2))
-    assert dpo_loss(margin).mean().item() == pytest.approx((math.log1p(math.exp(-4)) + math.log1p(math.exp(4))) / 2)
+    assert dpo_loss(margin).mean().item() == pytest.approx(
+        (math.log1p(math.exp(-4)) + math.log1p(math.exp(4))) / 2
+    )
 
 
 def test_historic_bug_a_tie_is_not_a_win():

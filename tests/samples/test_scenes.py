@@ -39,7 +39,9 @@ def test_parsing_of_each_category(text, scene):
     assert scenes.parse_caption(text) == scene
 
 
-@pytest.mark.parametrize("text", ["", "a dog", "four red circles", "a pink circle", "a red circle beside a star"])
+@pytest.mark.parametrize(
+    "text", ["", "a dog", "four red circles", "a pink circle", "a red circle beside a star"]
+)
 def test_other_texts_are_refused(text):
     with pytest.raises(ValueError, match="not a scene caption"):
         scenes.parse_caption(text)
@@ -67,7 +69,9 @@ def test_a_fifth_of_the_pairs_is_held_out():
     pairs = [Scene("attribute_binding", p) for p in itertools.combinations(names, 2)]
     share = np.mean([scenes.is_held_out(pair) for pair in pairs])
     assert 0.12 < share < 0.28
-    assert scenes.is_held_out(pairs[0]) == scenes.is_held_out(Scene("position", pairs[0].things[::-1], "above"))
+    assert scenes.is_held_out(pairs[0]) == scenes.is_held_out(
+        Scene("position", pairs[0].things[::-1], "above")
+    )
 
 
 @given(seed=st.integers(0, 10_000))

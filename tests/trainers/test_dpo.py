@@ -230,7 +230,8 @@ def test_a_few_steps_raise_the_margin_and_swapped_labels_lower_it(tiny_sdxl, fol
         train_a_little(trainer)
         judged = make_trainer(tiny_sdxl, folder)
         judged.backbone.load_trainable_state(trainer.backbone.trainable_state())
-        chosen, rejected = judged.deltas(judged.fetch(whole_draw()), trainer.fetch(whole_draw()).draw)
+        draw = trainer.fetch(whole_draw()).draw
+        chosen, rejected = judged.deltas(judged._batch(draw), draw)
         margins[labels] = judged.margin(chosen, rejected).mean().item()
     assert margins["given"] > 0.1
     assert margins["swapped"] < -0.1
