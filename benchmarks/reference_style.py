@@ -20,6 +20,7 @@ from torch import Tensor
 from torchvision import transforms
 
 from diffalign.backbones import resolve_model
+from diffalign.backbones.loading import quiet
 from diffalign.backbones.lora import target_modules
 from diffalign.config import RunConfig
 from diffalign.data.records import PreferenceRecord, read_image
@@ -31,9 +32,10 @@ class ReferenceStyleStep:
 
     def __init__(self, config: RunConfig, records: Sequence[PreferenceRecord], device: torch.device) -> None:
         self.config, self.records, self.device = config, records, device
-        self.pipeline: Any = StableDiffusionXLPipeline.from_pretrained(
-            resolve_model(config.model.path), torch_dtype=torch.float32
-        ).to(device)
+        with quiet():
+            self.pipeline: Any = StableDiffusionXLPipeline.from_pretrained(
+                resolve_model(config.model.path), torch_dtype=torch.float32
+            ).to(device)
         for part in (self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.text_encoder_2):
             part.requires_grad_(False)
         self.unet = add_lora(self.pipeline.unet, config)

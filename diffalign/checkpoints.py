@@ -61,7 +61,7 @@ def save_checkpoint(
     """
     target = step_folder(root, step)
     temporary = root / f".{target.name}.partial"
-    with _readable_disk_errors(target):
+    with readable_disk_errors(target):
         root.mkdir(parents=True, exist_ok=True)
         _warn_if_full(root, checkpoint.bytes(), warn)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -255,8 +255,12 @@ def _warn_if_full(root: Path, needed: int, warn: Callable[[str], None]) -> None:
 
 
 @contextmanager
-def _readable_disk_errors(target: Path) -> Iterator[None]:
-    """Disk errors as one message; safetensors reports them as text rather than as an OSError."""
+def readable_disk_errors(target: Path) -> Iterator[None]:
+    """Disk errors while writing `target` as one message; safetensors reports them as text, not as an OSError.
+
+    Raises:
+        DiffalignError: the disk is full or refuses to be written.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:

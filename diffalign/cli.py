@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -221,6 +222,9 @@ def run(arguments: Sequence[str]) -> int:
         print("stopped", file=sys.stderr)
         return 130
     except Exception as error:
+        if getattr(error, "errno", None) == errno.ENOSPC and not debug:
+            print("error: the disk is full; free some space and run the command again", file=sys.stderr)
+            return 2
         # Usage errors of the option parser know how to show themselves.
         if not hasattr(error, "show"):
             raise

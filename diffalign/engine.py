@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffalign.assembly import Ingredients, assemble
-from diffalign.checkpoints import Checkpoint, prune, save_checkpoint
+from diffalign.checkpoints import Checkpoint, prune, readable_disk_errors, save_checkpoint
 from diffalign.config import RunConfig, save_config, with_trainer_defaults
 from diffalign.errors import DiffalignError
 from diffalign.metrics import MetricsLog, is_better, log_every, peak_memory
@@ -284,17 +284,21 @@ class Session:
         final = self.config.folder / "final"
         temporary = final.with_name(".final.partial")
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        try:
-            save_file(weights, temporary / "trainable.safetensors")
-            if self.parts.export is not None and not self.parallel.sharded:
-                self.parts.export(temporary)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
+        with readable_disk_errors(final):
+            try:
+                temporary.mkdir()
+                save_file(weights, temporary / "trainable.safetensors")
+                # Exports read whole weights out of the model, which no process holds when they are sharded.
+                if self.parts.export is not None and not self.parallel.sharded:
+                    self.parts.export(temporary)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(temporary, final)
         self.reporter.say(f"finished: {final}")
+        if self.parallel.sharded:
+            self.reporter.say(f"`diffalign export {self.config.folder}` writes files for other tools")
 
     def _result(self, signal: int | None = None) -> RunResult:
         counters = self.run.counters

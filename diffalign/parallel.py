@@ -32,8 +32,10 @@ class Parallel:
         _refuse_unsupported()
         # A slow evaluation on one process must not be taken for a hang by the others.
         patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
-        replicas = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[patience, replicas])
+        replicas = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+        # Without a GPU, accelerate joins processes only if told to use the CPU; else each would run on its own.
+        cpu = not torch.accelerator.is_available()
+        self.accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[patience, replicas])
         self.rank = self.accelerator.process_index
         self.world = self.accelerator.num_processes
         # Accelerate says "cpu:0" for CPU processes, which is not equal to the device of CPU tensors.

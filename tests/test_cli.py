@@ -1,3 +1,4 @@
+import errno
 import json
 import subprocess
 import sys
@@ -213,6 +214,21 @@ def test_usage_errors_give_code_2(capsys):
     assert cli.run(["train"]) == 2
     assert cli.run(["trian"]) == 2
     assert cli.run(["export", "x", "--format", "zip"]) == 2
+
+
+def test_full_disk_anywhere_gives_one_message(monkeypatch, capsys):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(commands, "list_recipes", full)
+    assert cli.run(["recipes", "list"]) == 2
+    assert "disk is full" in capsys.readouterr().err
+
+
+def test_demo_does_not_replace_a_folder_that_is_no_demo(tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("x")
+    assert cli.run(["demo", "--output", str(tmp_path)]) == 2
+    assert (tmp_path / "thesis.txt").is_file()
 
 
 def test_interrupt_gives_130(monkeypatch, capsys):

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shutil
@@ -225,6 +226,19 @@ def test_sigterm_saves_and_gives_143(tmp_path):
     assert result.exit_code == 143
     assert result.step == 3
     assert (tmp_path / "run" / "checkpoints" / "step-000003" / "state.json").is_file()
+
+
+def test_full_disk_while_writing_the_result_keeps_the_checkpoint(tmp_path, monkeypatch):
+    def full(tensors, path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("diffalign.engine.save_file", full)
+    with pytest.raises(DiffalignError, match=r"final: the disk is full"):
+        run(tmp_path)
+    monkeypatch.undo()
+    assert sorted(p.name for p in (tmp_path / "run").iterdir() if "final" in p.name) == []
+    assert run(tmp_path, resume=True).step == 12
+    assert weights(tmp_path)
 
 
 def test_second_interrupt_raises_at_once():

@@ -1,9 +1,15 @@
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffalign.backbones import open_backbone
-from diffalign.backbones.attention import FlashAttnProcessor, attention_modules, set_attention
+from diffalign.backbones.attention import (
+    FlashAttnProcessor,
+    Float32AttnProcessor,
+    attention_modules,
+    set_attention,
+)
 from diffalign.config import ModelConfig
 from diffalign.errors import DiffalignError
 
@@ -70,3 +76,24 @@ def test_flash_processor_allows_no_other_kernel(tiny_sd, monkeypatch):
     core.set_attn_processor(FlashAttnProcessor())
     torch.testing.assert_close(core(*inputs, return_dict=False)[0], plain)
     assert allowed == [(True, False, False)] * 8
+
+
+def test_bf16_on_a_cpu_attends_in_float32(tiny_sdxl, monkeypatch):
+    core = open_backbone(ModelConfig(path=str(tiny_sdxl), precision="bf16"), device="cpu").core
+    module = next(iter(attention_modules(core).values()))
+    assert type(module.processor) is Float32AttnProcessor
+    seen = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "attention" in str(func):
+                seen.append(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(1, 8, module.query_dim, dtype=torch.bfloat16)
+    with Recorder(), torch.autocast("cpu", torch.bfloat16):
+        out = module(x)
+    assert out.dtype == torch.bfloat16
+    assert seen == [torch.float32]
+    module.set_processor(AttnProcessor2_0())
+    torch.testing.assert_close(out, module(x), rtol=0.05, atol=0.02)
