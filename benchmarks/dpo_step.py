@@ -27,9 +27,9 @@ from diffalign.backbones import open_backbone
 from diffalign.config import RunConfig, load_recipe, trainer_config
 from diffalign.data.cache import build_cache
 from diffalign.data.sources import open_records
+from diffalign.engine.parallel import Parallel
+from diffalign.engine.run import Run
 from diffalign.metrics import log_every
-from diffalign.parallel import Parallel
-from diffalign.run import Run
 from diffalign.trainers.dpo import DPOTrainer
 
 RECIPE = "scenes/dpo"

@@ -71,8 +71,8 @@ def show_plan(config: RunConfig) -> int:
 
 def fill_caches(config: RunConfig) -> None:
     """Encode what is missing, then say what there is."""
-    from diffalign.assembly import OpenedOnce, open_caches
-    from diffalign.parallel import Parallel
+    from diffalign.engine.assembly import OpenedOnce, open_caches
+    from diffalign.engine.parallel import Parallel
 
     with Reporter() as reporter:
         parallel = Parallel()
@@ -157,7 +157,7 @@ def open_for_pictures(model: str, resolution: int | None) -> tuple[Any, Evaluati
     from safetensors.torch import load_file
 
     from diffalign.backbones import open_backbone
-    from diffalign.checkpoints import run_weights
+    from diffalign.engine.checkpoints import run_weights
 
     device = PartialState().default_device
     if not (Path(model) / "config.yaml").is_file():

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from diffalign import trainers
-from diffalign.assembly import Ingredients
 from diffalign.config import RunConfig, StrictModel
+from diffalign.engine.assembly import Ingredients
+from diffalign.engine.parallel import Parallel
 from diffalign.errors import DiffalignError
-from diffalign.parallel import Parallel
 from diffalign.progress import Reporter
 from diffalign.randomness import Draw
 from diffalign.yamls import apply_override

@@ -22,7 +22,7 @@ from diffalign.backbones import open_backbone
 from diffalign.config import LoRAConfig, RunConfig, save_config
 from diffalign.errors import DiffalignError
 from diffalign.export import export_run, save_lora, save_pipeline
-from diffalign.lora_files import kohya_state
+from diffalign.export.lora_files import kohya_state
 from diffalign.sampling.generate import generate_images
 
 FAMILIES = {"sdxl": StableDiffusionXLPipeline, "sd": StableDiffusionPipeline}

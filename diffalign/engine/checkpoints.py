@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Parameter
 
+from diffalign.engine.parallel import sharded_like, whole
 from diffalign.errors import DiffalignError
-from diffalign.parallel import sharded_like, whole
 
 Tensors = dict[str, Tensor]
 

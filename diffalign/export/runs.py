@@ -15,8 +15,8 @@ from diffalign.backbones.base import scheduler_process
 from diffalign.backbones.loading import Source, open_source, quiet
 from diffalign.config import RunConfig, load_run_config
 from diffalign.errors import DiffalignError
-from diffalign.lora_files import write_diffusers, write_kohya, write_peft
-from diffalign.model_card import kohya_metadata, model_card
+from diffalign.export.lora_files import write_diffusers, write_kohya, write_peft
+from diffalign.export.model_card import kohya_metadata, model_card
 
 Format = Literal["diffusers", "kohya", "peft", "merged"]
 WEIGHTS = Path("final") / "trainable.safetensors"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from diffalign.config import RunConfig, trainer_class, trainer_config
-from diffalign.parallel import Parallel
+from diffalign.engine.parallel import Parallel
 from diffalign.progress import Reporter
 
 GRID_PROMPTS = 8
@@ -166,7 +166,7 @@ def _sample_grid(config: RunConfig, backbone: Any, prompts: list[Any]) -> Any:
 
 def _export(config: RunConfig, backbone: Any, folder: Path) -> None:
     from diffalign.export import save_lora, save_pipeline
-    from diffalign.model_card import model_card
+    from diffalign.export.model_card import model_card
 
     lora = config.model.tune == "lora"
     file = (save_lora if lora else save_pipeline)(backbone, folder)

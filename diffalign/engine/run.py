@@ -12,16 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from diffalign.checkpoints import (
+from diffalign.config import RunConfig
+from diffalign.engine.checkpoints import (
     Checkpoint,
     optimizer_tensors,
     parameter_tensors,
     restore_optimizer,
     restore_parameters,
 )
-from diffalign.config import RunConfig
-from diffalign.metrics import Meter
-from diffalign.optim import (
+from diffalign.engine.optim import (
     LossScale,
     WeightAverage,
     build_optimizer,
@@ -30,7 +29,8 @@ from diffalign.optim import (
     rescale_gradients,
     set_learning_rate,
 )
-from diffalign.parallel import Parallel, whole
+from diffalign.engine.parallel import Parallel, whole
+from diffalign.metrics import Meter
 from diffalign.randomness import Draw, batch_records, derive_seed
 
 

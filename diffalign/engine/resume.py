@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from diffalign.checkpoints import Checkpoint, checkpoints, load_checkpoint, newest_valid
 from diffalign.config import RunConfig
+from diffalign.engine.checkpoints import Checkpoint, checkpoints, load_checkpoint, newest_valid
 from diffalign.errors import DiffalignError
 
 # Keys that change how long, how fast or how visibly a run goes, but not the numbers it computes.

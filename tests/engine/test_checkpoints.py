@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from diffalign import checkpoints as module
-from diffalign.checkpoints import (
+from diffalign.engine import checkpoints as module
+from diffalign.engine.checkpoints import (
     Checkpoint,
     checkpoints,
     load_checkpoint,

@@ -21,16 +21,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from diffalign.assembly import Ingredients, assemble
-from diffalign.checkpoints import Checkpoint, prune, readable_disk_errors, save_checkpoint
 from diffalign.config import RunConfig, save_config, with_trainer_defaults
-from diffalign.errors import DiffalignError
-from diffalign.metrics import MetricsLog, is_better, log_every, peak_memory
-from diffalign.optim import learning_rate
-from diffalign.parallel import Parallel
-from diffalign.progress import Reporter, numbers_line
-from diffalign.randomness import Draw
-from diffalign.resume import (
+from diffalign.engine.assembly import Ingredients, assemble
+from diffalign.engine.checkpoints import Checkpoint, prune, readable_disk_errors, save_checkpoint
+from diffalign.engine.optim import learning_rate
+from diffalign.engine.parallel import Parallel
+from diffalign.engine.resume import (
     binding_config,
     changed_versions,
     check_resumable,
@@ -38,8 +34,12 @@ from diffalign.resume import (
     starting_point,
     versions,
 )
-from diffalign.run import Batch, Outcome, Run
-from diffalign.signals import StopSignals
+from diffalign.engine.run import Batch, Outcome, Run
+from diffalign.engine.signals import StopSignals
+from diffalign.errors import DiffalignError
+from diffalign.metrics import MetricsLog, is_better, log_every, peak_memory
+from diffalign.progress import Reporter, numbers_line
+from diffalign.randomness import Draw
 
 
 @dataclass

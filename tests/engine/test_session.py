@@ -15,10 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from diffalign.config import OptimConfig
-from diffalign.engine import prefetched, train
-from diffalign.errors import DiffalignError
-from diffalign.metrics import Meter, is_better, log_every, read_metrics
-from diffalign.optim import (
+from diffalign.engine.session import prefetched, train
+from diffalign.engine.optim import (
     LossScale,
     WeightAverage,
     build_optimizer,
@@ -26,9 +24,11 @@ from diffalign.optim import (
     learning_rate,
     rescale_gradients,
 )
+from diffalign.engine.signals import StopSignals
+from diffalign.errors import DiffalignError
+from diffalign.metrics import Meter, is_better, log_every, read_metrics
 from diffalign.progress import Reporter
 from diffalign.randomness import Draw
-from diffalign.signals import StopSignals
 
 
 def run(folder, *overrides, resume=False):
@@ -232,7 +232,7 @@ def test_full_disk_while_writing_the_result_keeps_the_checkpoint(tmp_path, monke
     def full(tensors, path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("diffalign.engine.save_file", full)
+    monkeypatch.setattr("diffalign.engine.session.save_file", full)
     with pytest.raises(DiffalignError, match=r"final: the disk is full"):
         run(tmp_path)
     monkeypatch.undo()
