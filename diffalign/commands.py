@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -204,7 +205,9 @@ def comparison_table(comparison: Any) -> Table:
     """Base against tuned, per metric and per category of the main metric."""
     from diffalign.evaluation.wording import amount, change, interval
 
-    table = Table("metric", "base", "tuned", "difference", "95 % interval", "n")
+    table = Table(box=box.SIMPLE)
+    for heading in ("metric", "base", "tuned", "difference", "95 % interval", "n"):
+        table.add_column(heading, justify="left" if heading == "metric" else "right", no_wrap=True)
 
     def row(label: str, metric: Any) -> None:
         values = (
@@ -212,7 +215,8 @@ def comparison_table(comparison: Any) -> Table:
             amount(metric, metric.tuned),
             change(metric, metric.difference),
         )
-        table.add_row(label, *values, interval(metric, metric.interval), str(metric.n))
+        bounds = interval(metric, metric.interval).removesuffix(" points")
+        table.add_row(label, *values, bounds, str(metric.n))
 
     for name, metric in comparison.metrics.items():
         row(name, metric)

@@ -26,7 +26,8 @@ def run_demo(output: Path, overrides: list[str], reporter: Reporter) -> Evaluati
     Raises:
         DiffalignError: a bad override, a full disk.
     """
-    config = load_recipe(RECIPE, [f"output_dir={output.parent}", f"name={output.name}", *overrides])
+    demo = [f"output_dir={output.parent}", f"name={output.name}", "evaluation.every=0"]
+    config = load_recipe(RECIPE, [*demo, *overrides])
     shutil.rmtree(config.folder, ignore_errors=True)
     started = time.monotonic()
     reporter.say(f"tuning {config.model.path} on {config.data.source} for {config.optim.steps} steps")
