@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from diffalign.config import RunConfig
 from diffalign.engine.checkpoints import Checkpoint, checkpoints, load_checkpoint, newest_valid
 from diffalign.errors import DiffalignError
+from diffalign.versions import versions
 
 # Keys that change how long, how fast or how visibly a run goes, but not the numbers it computes.
 FREE_KEYS = (
@@ -87,19 +87,6 @@ def check_resumable(state: dict[str, Any], config: RunConfig, global_batch: int)
             + "\n  ".join(changes)
             + "\nChange them back, or start a new run with --name."
         )
-
-
-def versions() -> dict[str, str]:
-    """Versions that numbers may depend on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for package in ("diffalign", "torch", "diffusers", "transformers", "peft", "accelerate"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def changed_versions(state: dict[str, Any]) -> list[str]:

@@ -32,7 +32,6 @@ from diffalign.engine.resume import (
     check_resumable,
     open_folder,
     starting_point,
-    versions,
 )
 from diffalign.engine.run import Batch, Outcome, Run
 from diffalign.engine.signals import StopSignals
@@ -40,6 +39,7 @@ from diffalign.errors import DiffalignError
 from diffalign.metrics import MetricsLog, is_better, log_every, peak_memory
 from diffalign.progress import Reporter, numbers_line
 from diffalign.randomness import Draw
+from diffalign.versions import versions
 
 
 @dataclass

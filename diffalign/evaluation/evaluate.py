@@ -27,9 +27,10 @@ from diffalign.evaluation.pictures import (
 )
 from diffalign.evaluation.prompts import EvalPrompt, read_prompts, with_seeds
 from diffalign.evaluation.report import write_report
-from diffalign.evaluation.result import Evaluation, save_evaluation, versions
+from diffalign.evaluation.result import Evaluation, save_evaluation
 from diffalign.rewards import load_reward
 from diffalign.validation import validate_section
+from diffalign.versions import versions
 
 
 def evaluate_run(

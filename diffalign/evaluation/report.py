@@ -23,7 +23,8 @@ from diffalign.evaluation.examples import as_rows, biggest_gains, biggest_losses
 from diffalign.evaluation.grids import Row
 from diffalign.evaluation.history import held_out_metrics, read_history, series
 from diffalign.evaluation.pictures import to_uint8
-from diffalign.evaluation.result import Evaluation, implicit_summary, versions, write_text
+from diffalign.evaluation.result import Evaluation, implicit_summary, write_text
+from diffalign.versions import versions
 
 EXAMPLES = 6
 SAMPLE_GRIDS = 6

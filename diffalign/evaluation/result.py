@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from diffalign.evaluation.compare import Comparison, Images
 from diffalign.evaluation.examples import as_rows, random_rows
 from diffalign.evaluation.grids import comparison_grid
-
-PACKAGES = ("diffalign", "torch", "diffusers", "transformers", "peft", "accelerate", "numpy")
 
 
 @dataclass(frozen=True)
@@ -59,17 +56,6 @@ def implicit_summary(held_out: dict[str, float]) -> dict[str, Any] | None:
         return None
     bounds = [held_out.get(f"implicit_accuracy_{side}") for side in ("low", "high")]
     return {"value": held_out["implicit_accuracy"], "interval": bounds, "n": held_out.get("pairs")}
-
-
-def versions() -> dict[str, str]:
-    """Versions of the installed packages that shape a result."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _score_line(comparison: Comparison, i: int) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from diffalign.config import OptimConfig
-from diffalign.engine.session import prefetched, train
 from diffalign.engine.optim import (
     LossScale,
     WeightAverage,
@@ -24,6 +23,7 @@ from diffalign.engine.optim import (
     learning_rate,
     rescale_gradients,
 )
+from diffalign.engine.session import prefetched, train
 from diffalign.engine.signals import StopSignals
 from diffalign.errors import DiffalignError
 from diffalign.metrics import Meter, is_better, log_every, read_metrics
