@@ -146,10 +146,24 @@ def run_config(output: Path, *overrides: str) -> RunConfig:
     return RunConfig.model_validate(values)
 
 
+def kill_in_step(at: int) -> None:
+    """`kill -9` in the middle of a step."""
+    original = LinearTrainer.loss
+
+    def loss(self: LinearTrainer, batch: Any) -> Any:
+        if batch.draw.step == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, batch)
+
+    LinearTrainer.loss = loss
+
+
 def main(arguments: list[str]) -> int:
     from diffalign.engine import train
 
     torch.set_num_threads(1)
+    if "KILL_AT" in os.environ:
+        kill_in_step(int(os.environ["KILL_AT"]))
     overrides = [argument for argument in arguments[1:] if "=" in argument]
     try:
         result = train(

@@ -4,13 +4,13 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Callable
+import subprocess
+import sys
 from pathlib import Path
 
 import engine_fakes
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 from torch import nn
 
@@ -51,25 +51,21 @@ def numbers(folder):
     return [{k: v for k, v in line.items() if k not in dropped} for line in lines]
 
 
-def in_child(function: Callable[[], int], environment: dict[str, str] | None = None) -> int:
-    """Start `function` in a forked process (torch is loaded already there) and return its process id."""
-    child = os.fork()
-    if child:
-        return child
-    code = 99
-    try:
-        os.environ.update(environment or {})
-        torch.set_num_threads(1)
-        for state in (AcceleratorState, PartialState, GradientState):
-            state._reset_state()
-        code = function()
-    finally:
-        os._exit(code)
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Runs in this process sum in the same order as those in child processes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
-def ended(child: int) -> int:
-    """Exit code of a child; minus the signal that killed it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def in_child(
+    folder: Path, *arguments: str, environment: dict[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a run in a process of its own; forking one whose threads have computed can hang."""
+    command = [sys.executable, engine_fakes.__file__, str(folder), *arguments]
+    return subprocess.Popen(command, env={**os.environ, **(environment or {})})
 
 
 def test_run_folder_has_what_the_readers_expect(tmp_path):
@@ -119,27 +115,14 @@ def test_killed_twice_and_resumed_equals_uninterrupted(tmp_path):
     """kill -9 in steps 6 and 10 (checkpoints every 4 steps)."""
     run(tmp_path / "a")
     for kill_at in (6, 10):
-        child = in_child(lambda at=kill_at: killed_run(tmp_path / "b", at))
-        assert ended(child) == -signal.SIGKILL
+        child = in_child(tmp_path / "b", "--resume", environment={"KILL_AT": str(kill_at)})
+        assert child.wait() == -signal.SIGKILL
         assert not (tmp_path / "b" / "run" / "final").exists()
     run(tmp_path / "b", resume=True)
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
     assert numbers(tmp_path / "a") == numbers(tmp_path / "b")
     a, b = (load_file(tmp_path / x / "run/checkpoints/step-000012/optimizer.safetensors") for x in "ab")
     assert same(a, b)
-
-
-def killed_run(folder: Path, at: int) -> int:
-    original = engine_fakes.LinearTrainer.loss
-
-    def loss(self, batch):
-        if batch.draw.step == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, batch)
-
-    engine_fakes.LinearTrainer.loss = loss
-    run(folder, resume=True)
-    return 0
 
 
 def test_longer_run_continues_a_finished_one(tmp_path):
@@ -292,7 +275,7 @@ def test_optimizers_resume_exactly(tmp_path, optimizer):
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
 
-def two_processes(folder: Path, environment: dict[str, str], *overrides: str) -> None:
+def two_processes(folder: Path, environment: dict[str, str], *arguments: str) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -300,13 +283,9 @@ def two_processes(folder: Path, environment: dict[str, str], *overrides: str) ->
         "ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         **environment,
     }  # fmt: skip
-
-    def work() -> int:
-        run(folder, *overrides)
-        return 0
-
-    children = [in_child(work, {**common, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in (0, 1)]
-    assert [ended(child) for child in children] == [0, 0]
+    ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
+    children = [in_child(folder, *arguments, environment=rank) for rank in ranks]
+    assert [child.wait() for child in children] == [0, 0]
 
 
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -333,22 +312,8 @@ def test_two_processes_resume_a_run_of_one(tmp_path):
     run(tmp_path / "two", "model.lora.dropout=0", "optim.steps=6", "optim.schedule=cosine")
     shutil.rmtree(tmp_path / "two")
     run(tmp_path / "two", "model.lora.dropout=0", "trainer.signal_at=5")
-
-    def work() -> int:
-        run(
-            tmp_path / "two", "model.lora.dropout=0", "trainer.signal_at=5", "optim.batch_size=2", resume=True
-        )
-        return 0
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        "ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        **SHARDED,
-    }  # fmt: skip
-    children = [in_child(work, {**environment, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in (0, 1)]
-    assert [ended(child) for child in children] == [0, 0]
+    options = ("model.lora.dropout=0", "trainer.signal_at=5", "optim.batch_size=2")
+    two_processes(tmp_path / "two", SHARDED, *options, "--resume")
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=0)
