@@ -42,7 +42,7 @@ class DPOConfig(StrictModel):
     reference: Literal["adapters_off", "frozen_copy", "cached"] = "adapters_off"
     """Where the reference's errors come from. adapters_off: the same network without its adapters (LoRA only), no
     memory. frozen_copy: a second network (full fine-tuning). cached: computed once for `reference_draws` fixed
-    draws a pair and stored, which saves a quarter of the compute."""
+    draws a pair and stored, which saves a third of the compute with LoRA, a quarter without."""
     reference_draws: int = Field(default=8, ge=1)
     """Draws of (time, noise) a pair when `reference` is `cached`; filling the store costs that many reference
     forwards a pair, few draws overfit."""
