@@ -174,6 +174,10 @@ def save_pipeline(folder: Path, vae: AutoencoderKL, tokenizer, net: torch.nn.Mod
         scheduler=architectures.scheduler(), add_watermarker=False,
     )  # fmt: skip
     pipeline.save_pretrained(folder, safe_serialization=True)
+    for path in folder.glob("*/config.json"):
+        facts = json.loads(path.read_text())
+        facts.pop("_name_or_path", None)
+        path.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
 
 
 def write_held_out(out: Path) -> None:
