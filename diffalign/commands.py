@@ -205,7 +205,7 @@ def comparison_table(comparison: Any) -> Table:
     """Base against tuned, per metric and per category of the main metric."""
     from diffalign.evaluation.wording import amount, change, interval
 
-    table = Table(box=box.SIMPLE)
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     for heading in ("metric", "base", "tuned", "difference", "95 % interval", "n"):
         table.add_column(heading, justify="left" if heading == "metric" else "right", no_wrap=True)
 
@@ -213,7 +213,7 @@ def comparison_table(comparison: Any) -> Table:
         values = (
             amount(metric, metric.base),
             amount(metric, metric.tuned),
-            change(metric, metric.difference),
+            change(metric, metric.difference).removesuffix(" points"),
         )
         bounds = interval(metric, metric.interval).removesuffix(" points")
         table.add_row(label, *values, bounds, str(metric.n))
