@@ -14,3 +14,9 @@ def nearest(name: str, allowed: list[str]) -> str:
 
     matches = difflib.get_close_matches(name, allowed, n=1, cutoff=0.6)
     return matches[0] if matches else ""
+
+
+def did_you_mean(name: str, allowed: list[str]) -> str:
+    """` Did you mean 'x'?` to append to a message, or an empty string when no allowed name is close."""
+    close = nearest(name, allowed)
+    return f" Did you mean {close!r}?" if close else ""

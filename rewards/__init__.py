@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from diffalign.errors import DiffalignError, nearest
+from diffalign.errors import DiffalignError, did_you_mean
 from diffalign.rewards.base import FunctionReward, Reward, RewardOutput
 
 REWARDS: dict[str, str] = {
@@ -30,8 +30,7 @@ def load_reward(name: str) -> Reward:
         return _as_reward(_imported(REWARDS[name]), name)
     if ":" in name:
         return _as_reward(_imported(name), name)
-    close = nearest(name, list(REWARDS))
-    hint = f" Did you mean {close!r}?" if close else ""
+    hint = did_you_mean(name, list(REWARDS))
     known = ", ".join(sorted(REWARDS))
     raise DiffalignError(
         f"unknown reward {name!r}; expected one of: {known}; or `module:Name` from your code.{hint}"

@@ -206,9 +206,7 @@ def place(scene: Scene, rng: Generator) -> tuple[Placed, ...]:
             radius = common if scene.category == "counting" else radius
             x, y = rng.uniform(radius + 2, RESOLUTION - radius - 2, 2)
             placed.append(Placed(thing.shape, str(thing.color), float(x), float(y), float(radius)))
-        if _apart(placed) and (
-            scene.relation is None or stands(placed[0], placed[1], scene.relation, margin=12.0, slope=0.75)
-        ):
+        if _apart(placed) and _obeys(placed, scene.relation):
             return tuple(placed)
 
 

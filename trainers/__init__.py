@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from diffalign.errors import DiffalignError, nearest
+from diffalign.errors import DiffalignError, did_you_mean
 
 TRAINERS: dict[str, str] = {
     "dpo": "diffalign.trainers.dpo:DPOTrainer",
@@ -19,8 +19,7 @@ def trainer_class(method: str) -> Any:
         DiffalignError: no such method; the nearest one is named.
     """
     if method not in TRAINERS:
-        close = nearest(method, list(TRAINERS))
-        hint = f" Did you mean {close!r}?" if close else ""
+        hint = did_you_mean(method, list(TRAINERS))
         raise DiffalignError(f"trainer.method is {method!r}; expected one of: {', '.join(TRAINERS)}.{hint}")
     module, name = TRAINERS[method].split(":")
     return getattr(importlib.import_module(module), name)

@@ -52,7 +52,7 @@ class Backbone:
         self.dtype = choose_precision(config.precision, device)
         self.process = scheduler_process(source)
         self.core = self._load_network()
-        self.factor, self.vae_path = self._vae_factor(), config.vae or source.path
+        self.factor = self._vae_factor()
         self.latent_shape = self._latent_shape(resolution)
         self.resolution = (self.latent_shape[1] * self.factor, self.latent_shape[2] * self.factor)
         self.attention = set_attention(self.core, config.attention, device, self.dtype)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffalign.backbones.fused_lora import fuse_linear_layers
 from diffalign.config import LoRAConfig
-from diffalign.errors import DiffalignError, nearest
+from diffalign.errors import DiffalignError, did_you_mean
 from diffalign.randomness import derive_seed
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -123,8 +123,7 @@ def _check_endings(layers: list[str], endings: Sequence[str]) -> None:
     for ending in endings:
         if not any(_ends_with(name, [ending]) for name in layers):
             known = sorted({name.rpartition(".")[2] for name in layers} | set(ATTENTION))
-            close = nearest(ending, known)
-            hint = f" Did you mean {close!r}?" if close else ""
+            hint = did_you_mean(ending, known)
             raise DiffalignError(
                 f"LoRA target {ending!r} matches no linear or convolution layer of the network.{hint}"
             )

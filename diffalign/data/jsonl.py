@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.data.records import ImageSource, PreferenceRecord, Records, check_label, files_identity
-from diffalign.errors import DiffalignError, nearest
+from diffalign.errors import DiffalignError, did_you_mean
 
 FIELDS = (
     "prompt",
@@ -109,8 +109,7 @@ def _check_fields(values: dict[str, Any], where: str) -> None:
     """Refuse unknown fields (a misspelt `wieght` would be lost silently) and missing or non-text ones."""
     for name in values:
         if name not in FIELDS:
-            close = nearest(name, list(FIELDS))
-            hint = f" Did you mean {close!r}?" if close else ""
+            hint = did_you_mean(name, list(FIELDS))
             raise DiffalignError(f"{where}: unknown field {name!r}; expected {', '.join(FIELDS)}.{hint}")
     own_prompts = "chosen_prompt" in values and "rejected_prompt" in values
     required = ("chosen", "rejected") if own_prompts else ("prompt", "chosen", "rejected")

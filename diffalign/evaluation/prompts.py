@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from diffalign.errors import DiffalignError, nearest
+from diffalign.errors import DiffalignError, did_you_mean
 from diffalign.randomness import derive_seed
 
 SAMPLES: dict[str, str] = {"scenes:held-out": "held_out.jsonl"}
@@ -79,8 +79,7 @@ def _located(source: str) -> Path:
     sample = SAMPLES.get(source)
     path = Path(str(files("diffalign.samples"))) / sample if sample else Path(source)
     if not path.is_file():
-        close = nearest(source, list(SAMPLES))
-        hint = f" Did you mean {close!r}?" if close else ""
+        hint = did_you_mean(source, list(SAMPLES))
         raise DiffalignError(
             f"no prompt file {source!r}; expected scenes:held-out or a .txt, .jsonl, .json, .csv or .tsv "
             f"file.{hint}"
