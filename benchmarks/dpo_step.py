@@ -44,11 +44,13 @@ class Settings:
     """What is measured.
 
     Fields:
-        model, data: as in a recipe. pairs: batch size. device: cpu or cuda. folder: where caches are kept.
+        model, data: as in a recipe. targets: which layers get adapters. pairs: batch size. device: cpu or cuda.
+        folder: where caches are kept.
     """
 
     model: str
     data: str
+    targets: str
     pairs: int
     device: str
     folder: str
@@ -77,6 +79,7 @@ def run_config(mode: Mode, settings: Settings) -> RunConfig:
         [
             f"model.path={settings.model}",
             f"model.precision={mode.precision}",
+            f"model.lora.targets={settings.targets}",
             f"data.source={settings.data}",
             "data.held_out=null",
             f"data.limit={DATA_BATCHES * settings.pairs}",
@@ -158,7 +161,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     """Print the machine and the table."""
     console.print(", ".join(f"{key} {value}" for key, value in result["machine"].items()), soft_wrap=True)
     settings = result["settings"]
-    title = f"Diffusion-DPO step, {settings['pairs']} pairs, median of {settings['repeats']}"
+    title = f"Diffusion-DPO step, {settings['pairs']} pairs, LoRA on {settings['targets']}"
     table = Table("step", *(("seconds", "pairs/s", "times as fast", "peak MB")), title=title)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -183,6 +186,10 @@ def main(
     ] = "fp32,bf16",
     model: Annotated[str, typer.Option(help="An SDXL-type model, as in a recipe.")] = "scenes:tiny-sdxl",
     data: Annotated[str, typer.Option(help="Preference pairs, as in a recipe.")] = "scenes:preferences",
+    targets: Annotated[
+        str,
+        typer.Option(help="Adapted layers: attention (as the public scripts), attention+conv, all-linear."),
+    ] = "attention",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")] = "auto",
     memory: Annotated[bool, typer.Option(help="Measure peak memory too, in a process per mode.")] = True,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write all numbers here.")] = None,
@@ -193,7 +200,7 @@ def main(
     if device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
     with tempfile.TemporaryDirectory() as folder:
-        settings = Settings(model, data, pairs, device, folder)
+        settings = Settings(model, data, targets, pairs, device, folder)
         result = measure(settings, modes(precision.split(",")), repeats, warmup, memory)
     show(result, Console())
     if json_path is not None:

@@ -1,7 +1,7 @@
 """Rebuild the embedded world from a seed: `python -m diffalign.samples.build [STAGE ...]`.
 
-Stages: vae, unet, preferences, held-out. Each writes into the package folder (or `--out`) and can be run alone
-once the earlier ones exist. Times and accuracies of the shipped build stand in README.md beside this file.
+Stages: vae, unet, preferences, held-out, clip, scorers. Each writes into the package folder (or `--out`) and can be
+run alone once the earlier ones exist. Times and accuracies of the shipped build stand in README.md beside this file.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ from diffalign.randomness import derive_seed
 from diffalign.samples import FOLDER, architectures, scenes
 
 DROP_CAPTION = 0.1
-# The cosine is laid out for a longer run than is done: training stops while there is headroom left to tune for.
-UNET_SCHEDULE = 5000
-STAGES = ("vae", "unet", "preferences", "held-out")
+STAGES = ("vae", "unet", "preferences", "held-out", "clip", "scorers")
 
 
 def pictures(seed: int, count: int) -> tuple[np.ndarray, list[str]]:
@@ -125,7 +123,7 @@ def train_unet(out: Path, seed: int, steps: int, batch: int, device: str) -> Non
     ema = EMAModel(net.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
     started, running = time.time(), []
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, UNET_SCHEDULE, 1.2e-3)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, 1.2e-3)
         rows = torch.randint(len(latents), (batch,))
         loss = denoising_loss(net, process, latents[rows].to(device), tokens[rows].to(device))
         optimizer.zero_grad()
@@ -196,7 +194,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--vae-steps", type=int, default=900)
-    parser.add_argument("--unet-steps", type=int, default=2000)
+    parser.add_argument("--unet-steps", type=int, default=3400)
+    parser.add_argument("--clip-steps", type=int, default=500)
     args = parser.parse_args(argv)
     if unknown := set(args.stages) - set(STAGES):
         parser.error(f"unknown stage {sorted(unknown)}; choose from {', '.join(STAGES)}")
@@ -209,6 +208,14 @@ def main(argv: list[str] | None = None) -> None:
             from diffalign.samples.preferences import build_preferences
 
             build_preferences(args.out, args.seed, args.device)
+        elif stage == "clip":
+            from diffalign.samples.train_scorers import train_clip
+
+            train_clip(args.out, args.seed, args.clip_steps, 128, args.device)
+        elif stage == "scorers":
+            from diffalign.samples.train_scorers import train_scorers
+
+            train_scorers(args.out, args.seed, args.device)
         else:
             write_held_out(args.out)
 

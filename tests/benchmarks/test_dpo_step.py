@@ -60,7 +60,7 @@ def test_every_mode_runs_and_is_written(tmp_path, tiny_sdxl):
 
 def test_the_reference_style_step_is_diffusion_dpo(tiny_sdxl):
     """At step 0 policy and reference agree, so the loss is log 2; training then changes it."""
-    settings = Settings(str(tiny_sdxl), "scenes:preferences", 2, "cpu", "unused")
+    settings = Settings(str(tiny_sdxl), "scenes:preferences", "attention", 2, "cpu", "unused")
     step = open_step(modes(["fp32"])[0], settings)
     assert step() == pytest.approx(math.log(2), abs=1e-4)
     assert step() != pytest.approx(math.log(2), abs=1e-9)
