@@ -6,7 +6,7 @@ error; a log-ratio of two models is a difference of such errors at shared noise 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from diffalign.backbones.base import Backbone
 from diffalign.conditioning import Conditioning
 from diffalign.data.batch import PairBatch
-from diffalign.objectives.pairwise import error_delta, squared_error
+from diffalign.objectives.pairwise import error_delta, error_overlap, squared_error
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,22 @@ class NoisedPairs:
 
 @dataclass(frozen=True)
 class PairErrors:
-    """Per pair `[B]`, float32: the policy's errors and its errors minus the reference's."""
+    """Per pair `[B]`, float32: the policy's errors and its errors minus the reference's.
+
+    `overlap` is the mean product of the chosen and the rejected error vector, without gradient: how far a step
+    that makes the rejected one worse makes the chosen one worse, too.
+    """
 
     chosen_error: Tensor
     rejected_error: Tensor
     chosen_delta: Tensor
     rejected_delta: Tensor
+    overlap: Tensor
+
+    def averaged(self, weight: Tensor | float, draws: int) -> PairErrors:
+        """Errors of `draws` x B rows times `weight`, averaged over the draws of each pair to `[B]`."""
+        values = {f.name: getattr(self, f.name) * weight for f in fields(self)}
+        return PairErrors(**{name: value.reshape(draws, -1).mean(0) for name, value in values.items()})
 
 
 def noise_pairs(backbone: Backbone, batch: PairBatch, t: Tensor, noise: Tensor) -> NoisedPairs:
@@ -74,4 +84,15 @@ def pair_errors(backbone: Backbone, pairs: NoisedPairs, stored: Tensor | None = 
         policy = backbone.predict(pairs.x_t, pairs.t, pairs.conditioning)
         loss = squared_error(policy, pairs.target)
         error, delta = loss.detach(), loss - stored.to(loss.device)
-    return PairErrors(*error.chunk(2), *delta.chunk(2))
+    chosen_error, rejected_error = error.chunk(2)
+    chosen_delta, rejected_delta = delta.chunk(2)
+    overlap = error_overlap(policy, pairs.target)
+    return PairErrors(chosen_error, rejected_error, chosen_delta, rejected_delta, overlap)
+
+
+def policy_errors(backbone: Backbone, pairs: NoisedPairs) -> tuple[Tensor, Tensor]:
+    """The policy's errors `[B]` of chosen and rejected with gradients, in one forward; no reference is asked."""
+    chosen, rejected = squared_error(
+        backbone.predict(pairs.x_t, pairs.t, pairs.conditioning), pairs.target
+    ).chunk(2)
+    return chosen, rejected

@@ -86,8 +86,9 @@ class Plan:
             return None
         options = self.config.trainer
         # Backward costs one forward for the inputs' gradients, and one more for the weights'.
-        passes = 1 + (2 if self.config.model.tune == "full" else 1)
-        passes += options.get("reference") != "cached"
+        passes = 1 + (1 if self.config.model.tune == "lora" else 2)
+        asks = "reference" in trainer_class(self.config).Config.model_fields
+        passes += asks and options.get("reference") != "cached"
         passes += self.config.model.gradient_checkpointing
         pairs = self.config.optim.steps * self.pairs_per_step
         return float(self.network.forward_flops) * passes * pairs
@@ -143,15 +144,16 @@ def plan_run(config: RunConfig) -> Plan:
     from diffalign.backbones.loading import choose_precision
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    frozen = trainer_class(config).needs_frozen_copy(trainer_config(config), config.model.tune)
-    return Plan(
-        config,
-        choose_precision(config.model.precision, device),
-        frozen,
-        network_size(config, choose_precision(config.model.precision, device)),
-        _pairs(config),
-        int(os.environ.get("WORLD_SIZE", "1")),
-    )
+    dtype = choose_precision(config.model.precision, device)
+    kind, options = trainer_class(config), trainer_config(config)
+    if kind.data == "judgements":
+        from diffalign.plan_scorer import scorer_size
+
+        frozen, size = False, scorer_size(config)
+    else:
+        frozen = kind.needs_frozen_copy(options, config.model.tune)
+        size = network_size(config, dtype)
+    return Plan(config, dtype, frozen, size, _pairs(config), int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def network_size(config: RunConfig, dtype: torch.dtype) -> NetworkSize | None:
@@ -169,7 +171,7 @@ def network_size(config: RunConfig, dtype: torch.dtype) -> NetworkSize | None:
     total = sum(p.numel() for p in network.parameters())
     with quiet():
         network.to(dtype)
-    with _counting(network) as kept, FlopCounterMode(display=False) as counter:
+    with counting(network) as kept, FlopCounterMode(display=False) as counter:
         network(**_meta_inputs(network, config, dtype))
     activations = kept.peak() if config.model.gradient_checkpointing else kept.total()
     return NetworkSize(total, trained, activations, counter.get_total_flops() + kept.attention_flops)
@@ -305,7 +307,8 @@ class _FusedAttention(torch.autograd.Function):
 
 
 @contextmanager
-def _counting(network: nn.Module) -> Iterator[_Kept]:
+def counting(network: nn.Module) -> Iterator[_Kept]:
+    """Count what a network's forward keeps for the backward pass, and the compute of its fused attention."""
     kept = _Kept({p.untyped_storage()._cdata for p in network.parameters()})
     handles = []
     for module in network.modules():

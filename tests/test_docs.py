@@ -12,12 +12,13 @@ import typer.main
 from diffalign.cli import app
 from diffalign.config import RunConfig, load_recipe, trainer_config
 from diffalign.recipes import recipe_names, shipped_text
-from diffalign.trainers.dpo import DPOConfig
+from diffalign.trainers import TRAINERS, trainer_class
 from diffalign.validation import dotted_fields
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-KEYS = {*dotted_fields(RunConfig), *dotted_fields(DPOConfig, "trainer")}
+OPTIONS = {key for method in TRAINERS for key in dotted_fields(trainer_class(method).Config, "trainer")}
+KEYS = {*dotted_fields(RunConfig), *OPTIONS}
 TRAINED = ("train", "cache", "doctor")
 
 

@@ -6,6 +6,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from diffalign.config import load_recipe, with_trainer_defaults
 from diffalign.errors import DiffalignError
 from diffalign.recipes import copy_recipe, launcher_names, recipe_names, recipe_text, shipped_text, summary
+from diffalign.trainers import TRAINERS
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -13,6 +14,11 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 def test_shipped_names():
     assert {"scenes/dpo", "sdxl/dpo_lora", "sdxl/dpo_full", "sd15/dpo_lora"} <= set(recipe_names())
     assert launcher_names() == [f"accelerate/{name}" for name in ("ddp", "fsdp2", "single", "zero2")]
+
+
+def test_every_method_has_a_recipe_on_the_embedded_world():
+    methods = {load_recipe(name).trainer["method"] for name in recipe_names() if name.startswith("scenes/")}
+    assert methods >= {name for name, path in TRAINERS.items() if path.startswith("diffalign.")}
 
 
 def test_every_file_of_the_folder_is_shipped():

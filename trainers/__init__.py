@@ -9,6 +9,14 @@ from diffalign.errors import DiffalignError, did_you_mean
 
 TRAINERS: dict[str, str] = {
     "dpo": "diffalign.trainers.dpo:DPOTrainer",
+    "dspo": "diffalign.trainers.dspo:DSPOTrainer",
+    "inpo": "diffalign.trainers.inpo:InPOTrainer",
+    "kto": "diffalign.trainers.kto:KTOTrainer",
+    "mapo": "diffalign.trainers.mapo:MaPOTrainer",
+    "sft": "diffalign.trainers.sft:SFTTrainer",
+    "simpo": "diffalign.trainers.simpo:SimPOTrainer",
+    "pal": "diffalign.trainers.pal:PALTrainer",
+    "reward_model": "diffalign.trainers.reward_model:RewardModelTrainer",
 }
 
 

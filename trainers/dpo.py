@@ -1,4 +1,4 @@
-"""Diffusion-DPO: fine-tune on pairs with the likelihood replaced by its evidence lower bound.
+"""Diffusion-DPO and the other losses on its margin: fine-tune on pairs with the likelihood replaced by its ELBO.
 
 Wallace et al. 2023, "Diffusion Model Alignment Using Direct Preference Optimization" (arXiv 2311.12908), eq. 14,
 with the constants of the authors' release: `-log sigmoid(-(beta / 2) (delta_chosen - delta_rejected))`, where
@@ -7,29 +7,31 @@ delta is the policy's error minus the reference's, a mean over latent elements, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
-import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from diffalign.backbones.base import Backbone
-from diffalign.conditioning import Conditioning
-from diffalign.config import StrictModel
 from diffalign.data.batch import PairBatch
-from diffalign.data.cache import PairCache
-from diffalign.elbo import NoisedPairs, noise_pairs, pair_errors
-from diffalign.objectives.pairwise import dpo_loss, dpo_margin
-from diffalign.randomness import Draw, derive_seed
-from diffalign.reference import FixedDraws, Progress, ReferenceErrors, silent
+from diffalign.elbo import PairErrors, pair_errors
+from diffalign.objectives.pair_losses import (
+    PAIR_LOSSES,
+    PairRewards,
+    debiased_preference,
+    divergence_reward,
+    dynamic_beta_factor,
+    imitation_loss,
+    safeguarded_delta,
+)
+from diffalign.objectives.pairwise import dpo_margin, smoothed_preference
+from diffalign.process import Process
+from diffalign.trainers.pairs import Losses, PairOptions, PairTrainer, elements_of, pair_metrics
 
-Losses = tuple[Tensor, dict[str, Tensor]]
+PairLossName = Literal["sigmoid", "hinge", "ipo", "exo", "sppo", "nca", "bce", "apo_zero", "apo_down"]
 
 
-class DPOConfig(StrictModel):
+class DPOConfig(PairOptions):
     """Diffusion-DPO."""
 
     method: Literal["dpo"] = "dpo"
@@ -39,6 +41,29 @@ class DPOConfig(StrictModel):
     that sum, or that train at another resolution, do not carry over."""
     reduction: Literal["mean", "sum"] = "mean"
     """Errors are means or sums over latent elements. `beta` for sums is `beta` for means divided by their number."""
+    loss: PairLossName = "sigmoid"
+    """What is made of the margin h and the two implicit rewards. sigmoid: DPO. ipo: h towards 1/2, cannot run away on
+    certain labels. hinge: stops at h = 1. exo: h towards log((1 - e) / e), e = `label_smoothing`. sppo, nca, bce and
+    apo_zero move each picture on its own, chosen up and rejected down; apo_down moves both down."""
+    divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"
+    """How distance to the reference counts (f-DPO). forward_kl and large alpha keep more of its variety."""
+    divergence_alpha: float = Field(default=0.5, gt=0)
+    """For `divergence: alpha`: near 0 is the reverse, 1 the forward KL. TRL's newer releases write 1 - alpha."""
+    beta_rejected: float | None = Field(default=None, ge=0)
+    """Own beta of the rejected side. Below `beta`: less push away from rejected pictures, which is what damages
+    details; null: the same."""
+    beta_weighting: Literal["constant", "noise_space"] = "constant"
+    """Beta over time. noise_space: as if errors were those of the noise, which multiplies beta by alpha(t)^2 for v and
+    (1 - t)^2 for flow models (Flow-DPO's theory, which its authors found worse than constant) and changes nothing
+    for models that predict noise."""
+    dynamic_beta: float = Field(default=0.0, ge=0)
+    """Raises beta by up to this factor for pairs whose label states a large reward gap; needs soft labels."""
+    sft_weight: float = Field(default=0.0, ge=0)
+    """Adds fine-tuning on the chosen picture, in units of beta / 2 times its error: 0.1 to 1 counters a chosen error
+    that rises; elsewhere written alpha beta / 2 with alpha near 1000."""
+    safeguard: float | None = Field(default=None, ge=0, le=1)
+    """Scales the rejected side's gradient down where it would make the chosen picture worse (Diffusion-SDPO's mu:
+    0.9 for SD 1.5, 0.6 for SDXL there); 1 removes it wherever the two pull together, null: off."""
     reference: Literal["adapters_off", "frozen_copy", "cached"] = "adapters_off"
     """Where the reference's errors come from. adapters_off: the same network without its adapters (LoRA only), no
     memory. frozen_copy: a second network (full fine-tuning). cached: computed once for `reference_draws` fixed
@@ -48,143 +73,93 @@ class DPOConfig(StrictModel):
     forwards a pair, few draws overfit."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Assumed share of wrong labels (conservative DPO); 0 trusts every label."""
-    caption_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of pairs trained without their caption. Default 0; the authors' script drops 0.2, the paper none."""
-    stratified_times: bool = True
-    """Spread the times of a batch evenly over the schedule: lower gradient variance at no cost."""
-    time_weighting: Literal["uniform", "logit_normal"] = "uniform"
-    """Distribution of training times."""
+    label_flip: float = Field(default=0.0, ge=0, lt=0.5)
+    """Known rate of flipped labels, undone without bias (robust DPO). Unbounded: margins grow without end, so
+    stop early; `label_smoothing` is its bounded cousin."""
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> DPOConfig:
+        if self.label_smoothing and self.label_flip:
+            raise ValueError("label_smoothing or label_flip should be 0: both treat the same wrong labels")
+        if self.loss == "exo" and not self.label_smoothing:
+            raise ValueError("label_smoothing should be above 0 for loss=exo, such as 0.01: it is the target")
+        if self.loss in ("exo", "sppo") and self.label_flip:
+            fitting = ", ".join(name for name in PAIR_LOSSES if name not in ("exo", "sppo"))
+            raise ValueError(f"label_flip should be 0 for loss={self.loss}; it fits: {fitting}")
+        if self.reference == "cached" and self.times_per_pair > 1:
+            raise ValueError("times_per_pair should be 1 for reference=cached: a step uses one stored draw")
+        return self
 
 
-class DPOTrainer:
-    """The loss of Diffusion-DPO on cached pairs."""
+class DPOTrainer(PairTrainer):
+    """The losses of the Diffusion-DPO margin on cached pairs."""
 
     Config = DPOConfig
-    data = "pairs"
 
     def __init__(self, config: DPOConfig, backbone: Backbone, seed: int = 0) -> None:
-        self.config, self.backbone, self.seed = config, backbone, seed
-        elements = 1
-        for size in backbone.latent_shape:
-            elements *= size
-        self.beta = config.beta * (elements if config.reduction == "sum" else 1)
-        self._cache: PairCache | None = None
-        self._stored: ReferenceErrors | None = None
-        self._stored_held_out: ReferenceErrors | None = None
-
-    @staticmethod
-    def needs_frozen_copy(config: DPOConfig, tune: str) -> bool:
-        """Whether a second network has to be loaded: for full fine-tuning, unless the errors are cached."""
-        return config.reference == "frozen_copy" or (tune == "full" and config.reference == "adapters_off")
-
-    def prepare(
-        self,
-        cache: PairCache,
-        folder: Path | None = None,
-        builder: bool = True,
-        *,
-        held_out: FixedDraws | None = None,
-        progress: Progress = silent,
-    ) -> None:
-        """Take the data; with `reference: cached`, compute the reference's errors. Before any weight is trained.
-
-        Args:
-            folder: where these errors are kept and found again. builder: whether this process computes them.
-            held_out: what `deltas` will be asked for. Under full fine-tuning with `cached` there is no reference
-                network later on, so these errors are computed now, too.
-        """
-        self._cache = cache
-        if self.config.reference != "cached":
-            return
-
-        def build(
-            pairs: FixedDraws, noised: Callable[[Draw], NoisedPairs], *options: object
-        ) -> ReferenceErrors:
-            noising = (self.config.stratified_times, self.config.time_weighting, *options)
-            return ReferenceErrors.build(
-                self.backbone,
-                pairs,
-                noised,
-                noising=noising,
-                folder=folder,
-                builder=builder,
-                progress=progress,
-            )
-
-        fixed = FixedDraws(cache, derive_seed(self.seed, "reference draws"), self.config.reference_draws)
-        self._stored = build(fixed, lambda draw: self._noised(self._batch(draw)), self.config.caption_dropout)
-        if held_out is not None and self.backbone.config.tune == "full":
-            self._stored_held_out = build(held_out, lambda draw: self._noised(held_out.cache.fetch(draw)))
-
-    def fetch(self, draw: Draw) -> PairBatch:
-        """The batch of a draw: with cached reference errors one of the stored draws, and captions dropped by chance.
-
-        Raises:
-            RuntimeError: `prepare` was not called.
-        """
-        return self._batch(self._stored.remap(draw) if self._stored else draw)
+        super().__init__(config, backbone, seed)
+        self.beta = config.beta * (elements_of(backbone) if config.reduction == "sum" else 1)
+        self.rejected_share = 1.0 if config.beta_rejected is None else config.beta_rejected / config.beta
 
     def loss(self, batch: PairBatch) -> Losses:
         """Per-pair losses `[B]` and metrics `[B]` (margin, implicit accuracy, errors against the reference)."""
-        stored = self._stored.lookup(batch.draw) if self._stored else None
-        errors = pair_errors(self.backbone, self._noised(batch), stored)
-        margin = dpo_margin(errors.chosen_delta, errors.rejected_delta, self.beta)
-        preference = batch.preference.to(margin.device)
-        losses = dpo_loss(margin, preference, self.config.label_smoothing) * batch.weight.to(margin.device)
-        metrics = {
-            "margin": margin,
-            "implicit_accuracy": (margin > 0).float(),
+        errors = self._errors(batch)
+        preference = batch.preference.to(errors.chosen_delta.device)
+        rewards = self._rewards(errors, preference)
+        losses = pair_losses(self.config, rewards, preference) * batch.weight.to(preference.device)
+        named = {
             "chosen_delta": errors.chosen_delta,
             "rejected_delta": errors.rejected_delta,
             "chosen_error": errors.chosen_error,
             "rejected_error": errors.rejected_error,
         }
-        return losses, {name: value.detach() for name, value in metrics.items()}
+        return losses, pair_metrics(rewards.margin, named)
 
-    @torch.no_grad()
-    def deltas(self, batch: PairBatch, draw: Draw) -> tuple[Tensor, Tensor]:
-        """Policy minus reference errors `[B]` of chosen and rejected for a draw, for evaluation."""
-        stored = self._stored_held_out.lookup(draw) if self._stored_held_out else None
-        errors = pair_errors(self.backbone, self._noised(replace(batch, draw=draw)), stored)
-        return errors.chosen_delta, errors.rejected_delta
+    def _errors(self, batch: PairBatch) -> PairErrors:
+        """Errors `[B]` at this draw's times, averaged over several of them."""
+        stored = self._stored.lookup(batch.draw) if self._stored else None
+        draws = self.config.times_per_pair
+        pairs = self._noised(batch, draws)
+        errors = pair_errors(self.backbone, pairs, stored)
+        weight = beta_weight(self.backbone.process, pairs.t.chunk(2)[0], self.config.beta_weighting)
+        return errors.averaged(weight, draws)
 
-    def margin(self, chosen_delta: Tensor, rejected_delta: Tensor) -> Tensor:
-        """The DPO logit at this trainer's beta."""
-        return dpo_margin(chosen_delta, rejected_delta, self.beta)
-
-    def _batch(self, draw: Draw) -> PairBatch:
-        """The training pairs of exactly this draw."""
-        if self._cache is None:
-            raise RuntimeError("DPOTrainer.fetch needs data; call prepare(cache) first")
-        batch = self._cache.fetch(draw)
-        if not self.config.caption_dropout:
-            return batch
-        return drop_captions(
-            batch, draw.uniform("caption dropout") < self.config.caption_dropout, self._cache
+    def _rewards(self, errors: PairErrors, preference: Tensor) -> PairRewards:
+        """Implicit rewards and margin, after everything that changes beta or the rejected side."""
+        config, rejected = self.config, errors.rejected_delta
+        if config.safeguard is not None:
+            rejected = safeguarded_delta(rejected, errors.chosen_error, errors.overlap, config.safeguard)
+        rejected = self.rejected_share * rejected
+        beta: float | Tensor = self.beta
+        if config.dynamic_beta:
+            beta = self.beta * dynamic_beta_factor(preference, config.dynamic_beta)
+        margin = dpo_margin(errors.chosen_delta, rejected, beta)
+        rewards = PairRewards(-0.5 * beta * errors.chosen_delta, -0.5 * beta * rejected, margin)
+        if config.divergence == "reverse_kl":
+            return rewards
+        chosen, rejected = (
+            divergence_reward(reward, config.divergence, config.divergence_alpha)
+            for reward in (rewards.chosen, rewards.rejected)
         )
-
-    def _noised(self, batch: PairBatch) -> NoisedPairs:
-        """Noise a batch with the noise and times of its draw, shared inside each pair."""
-        draw, process = batch.draw, self.backbone.process
-        uniform = draw.uniform("time", stratified=self.config.stratified_times)
-        noise = draw.normal(tuple(batch.chosen.shape[1:]), "noise")
-        return noise_pairs(self.backbone, batch, process.times(uniform, self.config.time_weighting), noise)
+        return PairRewards(chosen, rejected, chosen - rejected)
 
 
-def drop_captions(batch: PairBatch, dropped: Tensor, cache: PairCache) -> PairBatch:
-    """Replace the captions of the rows `dropped` `[B]` by the unconditional embedding; micro-conditioning stays."""
-    empty = cache.unconditional(len(dropped))
+def pair_losses(config: DPOConfig, rewards: PairRewards, preference: Tensor) -> Tensor:
+    """The loss that the options name `[B]`, with their view of the labels and fine-tuning on the chosen picture."""
+    if config.label_flip:
+        believed = debiased_preference(preference, config.label_flip)
+    else:
+        believed = smoothed_preference(preference, config.label_smoothing)
+    losses = PAIR_LOSSES[config.loss](rewards, believed)
+    if config.sft_weight:
+        losses = losses + config.sft_weight * imitation_loss(rewards, preference)
+    return losses
 
-    def mix(conditioning: Conditioning) -> Conditioning:
-        swapped = {
-            name: torch.where(dropped.reshape(-1, *([1] * (value.dim() - 1))), getattr(empty, name), value)
-            for name, value in conditioning.tensors().items()
-            if getattr(empty, name) is not None
-        }
-        return replace(conditioning, **swapped)
 
-    return replace(
-        batch,
-        conditioning_chosen=mix(batch.conditioning_chosen),
-        conditioning_rejected=mix(batch.conditioning_rejected),
-    )
+def beta_weight(process: Process, t: Tensor, weighting: str) -> Tensor | float:
+    """Factor on beta at times `t` `[B]`: 1, or what turns the network's own errors into errors of the noise."""
+    if weighting == "constant" or process.prediction == "epsilon":
+        return 1.0
+    if process.prediction == "sample":
+        return process.snr(t)
+    return process.alpha_sigma(t)[0].square()

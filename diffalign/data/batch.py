@@ -45,3 +45,34 @@ class PairBatch:
             preference=self.preference.to(device),
             weight=self.weight.to(device),
         )
+
+
+@dataclass(frozen=True)
+class UnpairedBatch:
+    """Single pictures that somebody liked or did not, as latents; no two of them need to belong together.
+
+    Fields:
+        latents: `[N, C, H, W]`, float32, scaled as the network expects. conditioning: one row per picture.
+        label: `[N]` probability that the picture is desirable: 1, 0, or between.
+        weight: `[N]` factor on each picture's loss.
+        draw: which records these are; N is its number of rows, or twice that for pairs taken apart.
+    """
+
+    latents: Tensor
+    conditioning: Conditioning
+    label: Tensor
+    weight: Tensor
+    draw: Draw
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def to(self, device: torch.device | str) -> UnpairedBatch:
+        """The same batch on a device; number formats stay."""
+        return replace(
+            self,
+            latents=self.latents.to(device),
+            conditioning=self.conditioning.to(device),
+            label=self.label.to(device),
+            weight=self.weight.to(device),
+        )

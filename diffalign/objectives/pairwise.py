@@ -27,7 +27,13 @@ def error_delta(pred: Tensor, reference: Tensor, target: Tensor) -> Tensor:
     return ((pred - reference) * ((pred - target) + (reference - target))).flatten(1).mean(1)
 
 
-def dpo_margin(chosen_delta: Tensor, rejected_delta: Tensor, beta: float) -> Tensor:
+def error_overlap(pred: Tensor, target: Tensor) -> Tensor:
+    """Mean product of the error vectors of row i and row B + i, `[2B, ...]` to `[B]`, in float32, no gradient."""
+    chosen, rejected = (pred.detach().float() - target.float()).flatten(1).chunk(2)
+    return (chosen * rejected).mean(1)
+
+
+def dpo_margin(chosen_delta: Tensor, rejected_delta: Tensor, beta: float | Tensor) -> Tensor:
     """The DPO logit `-(beta / 2) (delta_chosen - delta_rejected)` per pair `[B]`.
 
     Source: Wallace et al. 2023 (arXiv 2311.12908), eq. 14, with the constants of the released code: beta belongs to
@@ -46,8 +52,26 @@ def dpo_loss(margin: Tensor, preference: Tensor | float = 1.0, label_smoothing: 
     Raises:
         ValueError: label smoothing outside [0, 0.5).
     """
-    if not 0.0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing is {label_smoothing}; expected a value in [0, 0.5)")
     p = torch.as_tensor(preference, dtype=margin.dtype, device=margin.device)
-    p = p * (1 - label_smoothing) + (1 - p) * label_smoothing
+    p = smoothed_preference(p, label_smoothing)
     return -p * F.logsigmoid(margin) - (1 - p) * F.logsigmoid(-margin)
+
+
+def smoothed_preference(preference: Tensor, label_smoothing: float) -> Tensor:
+    """`p (1 - e) + (1 - p) e`: labels of which a share e is taken to be wrong (conservative DPO, Mitchell 2023).
+
+    Raises:
+        ValueError: a share outside [0, 0.5).
+    """
+    check_share(label_smoothing, "label_smoothing")
+    return preference * (1 - label_smoothing) + (1 - preference) * label_smoothing
+
+
+def check_share(value: float, name: str) -> None:
+    """A share of wrong labels.
+
+    Raises:
+        ValueError: it is outside [0, 0.5).
+    """
+    if not 0.0 <= value < 0.5:
+        raise ValueError(f"{name} is {value}; expected a value in [0, 0.5)")
