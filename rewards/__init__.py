@@ -1,64 +1,71 @@
-"""Scorers of generated media, by name."""
+"""Scorers of generated media, by name. `REWARDS` is the whole catalogue; nothing is imported before it is asked for."""
 
 from __future__ import annotations
 
-import sys
-from importlib import import_module
-from pathlib import Path
-from typing import Any
-
-from diffalign.errors import DiffalignError, did_you_mean
-from diffalign.rewards.base import FunctionReward, Reward, RewardOutput
+from diffalign.rewards.base import Facts, FunctionReward, Reward, RewardOutput, facts_of, place
+from diffalign.rewards.specs import Spec, build_reward
 
 REWARDS: dict[str, str] = {
+    "clip": "diffalign.rewards.clip:ClipScore",
+    "aesthetic-v1": "diffalign.rewards.aesthetic:AestheticV1",
+    "aesthetic-v2": "diffalign.rewards.aesthetic:AestheticV2",
+    "pickscore": "diffalign.rewards.pickscore:PickScore",
+    "hpsv2": "diffalign.rewards.hps:HpsV2",
+    "hpsv2.1": "diffalign.rewards.hps:HpsV21",
+    "hpsv3": "diffalign.rewards.hpsv3:HPSv3",
+    "image-reward": "diffalign.rewards.image_reward:ImageReward",
+    "http-judge": "diffalign.rewards.http_judge:HttpJudge",
+    "jpeg-compressibility": "diffalign.rewards.compressibility:JpegCompressibility",
+    "jpeg-incompressibility": "diffalign.rewards.compressibility:JpegIncompressibility",
+    "sharpness": "diffalign.rewards.diagnostics:SHARPNESS",
+    "saturation": "diffalign.rewards.diagnostics:SATURATION",
+    "brightness": "diffalign.rewards.diagnostics:BRIGHTNESS",
+    "colourfulness": "diffalign.rewards.diagnostics:COLOURFULNESS",
+    "trained": "diffalign.rewards.preference_head:TrainedReward",
     "scenes-judge": "diffalign.rewards.scenes_judge:ScenesJudge",
+    "frechet": "diffalign.rewards.sets.rewards:FrechetReward",
+    "kid": "diffalign.rewards.sets.rewards:KidReward",
+    "cmmd": "diffalign.rewards.sets.rewards:CmmdReward",
+    "vendi": "diffalign.rewards.sets.rewards:VendiReward",
+    "diversity": "diffalign.rewards.sets.rewards:DiversityReward",
+    "scenes-clip": "diffalign.rewards.scenes_scorers:ScenesClip",
+    "scenes-aesthetic": "diffalign.rewards.scenes_scorers:ScenesAesthetic",
+    "scenes-preference": "diffalign.rewards.scenes_scorers:ScenesPreference",
+    "scenes-ensemble": "diffalign.rewards.scenes_scorers:ScenesEnsemble",
+    "weighted-sum": "diffalign.rewards.combine.weighted_sum:WeightedSum",
+    "ensemble-mean": "diffalign.rewards.combine.ensembles:EnsembleMean",
+    "wco": "diffalign.rewards.combine.ensembles:WorstCase",
+    "uwo": "diffalign.rewards.combine.ensembles:UncertaintyWeighted",
+    "entropic": "diffalign.rewards.combine.ensembles:Entropic",
+    "reward-robust": "diffalign.rewards.combine.ensembles:RewardRobust",
+    "mc-dropout": "diffalign.rewards.combine.dropout:MCDropout",
+    "augmented": "diffalign.rewards.combine.augmented:Augmented",
+    "inverse-uncertainty": "diffalign.rewards.combine.weights:InverseUncertainty",
+    "log-sigmoid": "diffalign.rewards.combine.against_base:LogSigmoid",
+    "par": "diffalign.rewards.combine.against_base:Par",
+    "group-win-rate": "diffalign.rewards.combine.in_group:GroupWinRate",
+    "rank-average": "diffalign.rewards.combine.in_group:RankAverage",
+    "constrained": "diffalign.rewards.combine.constrained:Constrained",
+    "guarded": "diffalign.rewards.guard:Guarded",
 }
 
-__all__ = ["REWARDS", "FunctionReward", "Reward", "RewardOutput", "load_reward"]
+__all__ = [
+    "REWARDS",
+    "Facts",
+    "FunctionReward",
+    "Reward",
+    "RewardOutput",
+    "Spec",
+    "facts_of",
+    "load_reward",
+    "place",
+]
 
 
-def load_reward(name: str) -> Reward:
-    """A reward by its name in `REWARDS`, or from your own code as `module:Name`.
-
-    `Name` may be a reward, a class that gives one when called without arguments, or a plain function
-    `f(images [B, 3, H, W] in [0, 1], prompts) -> B numbers`. Modules in the working folder are found too.
+def load_reward(spec: Spec) -> Reward:
+    """A reward from its specification (see `diffalign.rewards.specs`): a name, `module:Name`, a mapping or a file.
 
     Raises:
-        DiffalignError: unknown name (the nearest is named), or `module:Name` does not lead to a reward.
+        DiffalignError: unknown name or option (the nearest is named), or what was found is not a reward.
     """
-    if name in REWARDS:
-        return _as_reward(_imported(REWARDS[name]), name)
-    if ":" in name:
-        return _as_reward(_imported(name), name)
-    hint = did_you_mean(name, list(REWARDS))
-    known = ", ".join(sorted(REWARDS))
-    raise DiffalignError(
-        f"unknown reward {name!r}; expected one of: {known}; or `module:Name` from your code.{hint}"
-    )
-
-
-def _imported(path: str) -> Any:
-    module_name, _, attribute = path.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    try:
-        return getattr(import_module(module_name), attribute)
-    except ModuleNotFoundError as error:
-        raise DiffalignError(
-            f"reward {path!r}: no module named {error.name!r}; expected `module:Name` of an importable module"
-        ) from error
-    except AttributeError as error:
-        raise DiffalignError(f"reward {path!r}: {error}") from error
-
-
-def _as_reward(thing: Any, origin: str) -> Reward:
-    if isinstance(thing, type):
-        thing = thing()
-    if isinstance(thing, Reward):
-        return thing
-    if callable(thing):
-        return FunctionReward(thing)
-    raise DiffalignError(
-        f"{origin!r} is a {type(thing).__name__}; expected a reward (name, modality, differentiable, kind, "
-        "score) or a function f(images, prompts)"
-    )
+    return build_reward(spec, REWARDS)

@@ -26,9 +26,29 @@ class RewardOutput:
     parts: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What a reader should know about a scorer before trusting it.
+
+    Fields:
+        scale: range of the scores, with typical values. licence: of the weights.
+        backbone: the pretrained network underneath; two scorers with the same one are not independent.
+        source: paper or repository.
+    """
+
+    scale: str = ""
+    licence: str = ""
+    backbone: str = ""
+    source: str = ""
+
+
 @runtime_checkable
 class Reward(Protocol):
-    """A scorer. `kind` says whether it judges single samples or a whole set against references."""
+    """A scorer. `kind` says whether it judges single samples or a whole set against references.
+
+    A scorer with weights is a frozen `torch.nn.Module`, so that `to` moves it; it scores media on any device and
+    gives scores on its own. With `differentiable`, gradients reach the media whenever they are enabled.
+    """
 
     name: str
     modality: Literal["image", "audio"]
@@ -36,7 +56,7 @@ class Reward(Protocol):
     kind: Literal["sample", "set"]
 
     def score(self, media: Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """Score pictures `[B, 3, H, W]` in [0, 1] for `B` prompts."""
+        """Score pictures `[B, 3, H, W]` in [0, 1] for `B` prompts; a set reward repeats its one score `B` times."""
         ...
 
 
@@ -64,3 +84,15 @@ class FunctionReward:
                 "expected one number per picture"
             )
         return RewardOutput(values)
+
+
+def facts_of(reward: Reward) -> Facts:
+    """A reward's `facts`, empty for rewards that state none."""
+    return getattr(reward, "facts", Facts())
+
+
+def place(reward: Reward, device: str | torch.device) -> Reward:
+    """The reward with its weights, if it has any, on a device."""
+    if hasattr(reward, "to"):
+        reward.to(device)
+    return reward
