@@ -78,7 +78,7 @@ def build_cache(
     cache_dir = Path(config.cache_dir)
     note = digest_note(records, cache_dir)
     if not builder and note is not None:
-        _wait(note.exists, note, timeout)
+        wait_for(note.exists, note, timeout)
     digest = records_digest(records, cache_dir, progress)
     precision = resolve_precision(model.precision)
     key = cache_key(config, backbones.model_fingerprint(model), precision, digest, len(records))
@@ -86,7 +86,7 @@ def build_cache(
     if builder:
         fill(CacheJob(folder, records, config, key, storage_dtype(precision), progress), opener)
     else:
-        _wait(lambda: _is_complete(folder, key), folder / INDEX, timeout)
+        wait_for(lambda: _is_complete(folder, key), folder / INDEX, timeout)
     return PairCache.open(folder, key, pairs, mode=config.latents == "mode")
 
 
@@ -267,7 +267,7 @@ def _is_complete(folder: Path, key: CacheKey) -> bool:
     return True
 
 
-def _wait(condition: Callable[[], bool], path: Path, timeout: float) -> None:
+def wait_for(condition: Callable[[], bool], path: Path, timeout: float) -> None:
     """Wait until another process has written a file."""
     deadline = time.monotonic() + timeout
     while not condition():

@@ -132,7 +132,7 @@ def encode_pairs(job: CacheJob, backbone: Backbone, shard: range) -> tuple[dict[
     kept: list[int] = []
     broken: list[Broken] = []
     parts: list[dict[str, Tensor]] = []
-    for loaded in _loaded(job, shard):
+    for loaded in loaded_pictures(job, shard):
         job.report("encoding images", loaded[-1][0] + 1, len(job.records))
         good = [(index, pictures) for index, pictures, faults in loaded if not faults]
         broken += [fault for _, _, faults in loaded for fault in faults]
@@ -166,7 +166,7 @@ def _encode(backbone: Backbone, pictures: Sequence[Picture], job: CacheJob) -> d
 Loaded = tuple[int, list[Picture], list[Broken]]
 
 
-def _loaded(job: CacheJob, shard: range) -> Iterator[list[Loaded]]:
+def loaded_pictures(job: CacheJob, shard: range) -> Iterator[list[Loaded]]:
     """Decoded pictures of a shard in batches for the VAE; the next batch is decoded while one is encoded."""
     images = min(IMAGES_PER_CALL, max(1, PIXELS_PER_CALL // job.config.resolution**2))
     pairs = max(1, images // (4 if job.config.flip else 2))

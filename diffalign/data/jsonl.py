@@ -15,6 +15,7 @@ FIELDS = (
     "chosen",
     "rejected",
     "label",
+    "labels",
     "weight",
     "chosen_prompt",
     "rejected_prompt",
@@ -27,7 +28,8 @@ def read_jsonl(files: Sequence[Path], limit: int | None = None) -> Records:
     """Records of JSONL files; image paths are relative to the file that names them.
 
     Fields of a line: `prompt`, `chosen`, `rejected`; optional `label` (probability that `chosen` is
-    preferred, 1 when absent, null when nobody judged), `weight`, `chosen_prompt` and `rejected_prompt` (own
+    preferred, 1 when absent, null when nobody judged), `labels` (the same for single aspects: an object such as
+    `{"alignment": 1, "quality": 0.5}`), `weight`, `chosen_prompt` and `rejected_prompt` (own
     captions of the two images), `user`, `source`. Whether image files exist is not checked here: broken and
     missing ones are counted when they are read.
 
@@ -102,7 +104,17 @@ def _row(values: dict[str, Any], file: str, where: str) -> PreferenceRecord | No
         weight=_weight(values.get("weight", 1.0), where),
         prompt_1=None if first == second else second,
         user=values.get("user"),
+        labels=_labels(values.get("labels", {}), where),
     )
+
+
+def _labels(values: object, where: str) -> dict[str, float]:
+    """Labels of single aspects; those that are null are left out."""
+    if not isinstance(values, dict):
+        raise DiffalignError(f'{where}: labels is {values!r}; expected an object such as {{"alignment": 1}}.')
+    return {
+        name: check_label(value, f"{where}, {name}") for name, value in values.items() if value is not None
+    }
 
 
 def _check_fields(values: dict[str, Any], where: str) -> None:

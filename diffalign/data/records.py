@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from diffalign.errors import DiffalignError
@@ -25,6 +25,7 @@ class PreferenceRecord:
         weight: factor on the record's loss.
         prompt_1: own caption of the second image.
         user: who judged.
+        labels: `label_0` for single aspects by name, such as alignment; aspects nobody judged are absent.
     """
 
     prompt: str
@@ -35,6 +36,7 @@ class PreferenceRecord:
     weight: float = 1.0
     prompt_1: str | None = None
     user: str | None = None
+    labels: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def prompts(self) -> tuple[str, str]:
