@@ -153,12 +153,22 @@ def generate(
 def evaluate(
     run: RunFolder,
     against: Annotated[str, typer.Option(help="base (the untuned model), a model, or another run.")] = "base",
-    prompts: Annotated[str | None, typer.Option(help="scenes:held-out, or a file of prompts.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="scenes:held-out, a file or folder, a hub id, or a set such as parti.")
+    ] = None,
     num: Annotated[int | None, typer.Option(min=1, help="Use the first so many prompts.")] = None,
-    rewards: Annotated[list[str] | None, typer.Option(help="A reward; may be repeated.")] = None,
+    rewards: Annotated[
+        list[str] | None, typer.Option(metavar="A,B,C", help="Rewards, the main one first.")
+    ] = None,
     checkpoint: Annotated[str, typer.Option(help="Folder of the weights inside the run.")] = "final",
     seed: Annotated[int | None, typer.Option(min=0, help="First seed.")] = None,
     seeds_per_prompt: Annotated[int, typer.Option(min=1, help="Pictures per prompt and model.")] = 1,
+    encoder: Annotated[
+        str, typer.Option(help="Measures diversity: pixels:8, scenes-clip, clip:..., dino:...")
+    ] = "pixels:8",
+    drift_pictures: Annotated[
+        int, typer.Option(min=0, help="Base pictures behind the drift; 0 leaves it out.")
+    ] = 64,
     steps: Steps = None,
     guidance: Guidance = None,
     batch_size: Rows = None,
@@ -169,16 +179,50 @@ def evaluate(
     evaluate_run_command(
         run,
         against,
+        rewards,
         prompts=prompts,
         num=num,
-        rewards=rewards,
         checkpoint=checkpoint,
         seed=seed,
         seeds_per_prompt=seeds_per_prompt,
+        encoder=encoder,
+        drift_pictures=drift_pictures,
         steps=steps,
         guidance=guidance,
         batch_size=batch_size,
     )
+
+
+@app.command()
+def score(
+    files: Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.")],
+    rewards: Annotated[
+        list[str], typer.Option(metavar="A,B,C", help="Rewards; diffalign rewards lists them.")
+    ],
+    prompt: Annotated[str | None, typer.Option(help="One prompt for all pictures.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSONL with file and prompt, or one line per picture.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write a score per file: .csv or .jsonl.")] = None,
+    on_error: Annotated[
+        Literal["raise", "skip"], typer.Option(help="What to do with what cannot be read or scored.")
+    ] = "raise",
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures scored at once.")] = 8,
+) -> None:
+    """Score picture files; prompts come from pictures.jsonl or .txt files beside them, if not given."""
+    from diffalign.commands import score_files_command
+
+    score_files_command(files, rewards, prompt, prompts, out, on_error, batch_size)
+
+
+@app.command("rewards")
+def rewards_list(
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """List the rewards with scale, backbone and licence; loads no weights."""
+    from diffalign.commands import list_rewards
+
+    list_rewards(json)
 
 
 @app.command()

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from diffalign.config import EvaluationConfig, ModelConfig, RunConfig, load_recipe, load_run_config
 from diffalign.errors import DiffalignError
 from diffalign.progress import Reporter
+
+SHOWN_FILES = 20
 
 
 def recipe_with_overrides(recipe: str, overrides: Sequence[str], name: str | None) -> RunConfig:
@@ -72,12 +75,11 @@ def show_plan(config: RunConfig) -> int:
 
 def fill_caches(config: RunConfig) -> None:
     """Encode what is missing, then say what there is."""
-    from diffalign.engine.assembly import OpenedOnce, open_caches
+    from diffalign.engine.assembly import open_data
     from diffalign.engine.parallel import Parallel
 
     with Reporter() as reporter:
-        parallel = Parallel()
-        caches = open_caches(config, OpenedOnce(config, parallel), parallel.is_main, reporter)
+        caches = open_data(config, Parallel(), reporter)
         for label, pairs in zip(("training", "held-out"), caches, strict=True):
             if pairs is None:
                 continue
@@ -181,50 +183,152 @@ def _prompts(source: str | None, texts: Sequence[str], num: int | None, seed: in
     return with_seeds(found, seed)
 
 
-def evaluate_run_command(run: Path, against: str, **options: Any) -> None:
+def reward_specs(given: Sequence[str] | None) -> list[str] | None:
+    """Specifications from options that may each hold several, separated by commas; None when none were given.
+
+    Raises:
+        DiffalignError: an empty name, as in `clip,,hpsv2`.
+    """
+    if not given:
+        return None
+    specs = [spec.strip() for one in given for spec in one.split(",")]
+    if not all(specs):
+        raise DiffalignError(f"--rewards {','.join(given)} holds an empty name; expected names such as a,b,c")
+    return specs
+
+
+def evaluate_run_command(run: Path, against: str, rewards: Sequence[str] | None, **options: Any) -> None:
     """Evaluate, print the table and say where the report is."""
     from diffalign.evaluation.evaluate import evaluate_run
 
+    against_model = None if against == "base" else against
     with Reporter() as reporter:
-        evaluation = evaluate_run(run, None if against == "base" else against, progress=reporter, **options)
+        evaluation = evaluate_run(
+            run, against_model, rewards=reward_specs(rewards), progress=reporter, **options
+        )
     show_result(run, evaluation)
 
 
 def show_result(run: Path, evaluation: Any) -> None:
-    """The table, the verdict in words, and where the report and the pictures are."""
-    from diffalign.evaluation.wording import verdict
+    """Warnings, the table, side effects, the verdict in words, and where the report and the pictures are."""
+    from diffalign.evaluation.wording import lost_prompts, side_effect_lines, verdict
 
     console = Console()
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    for warning in evaluation.warnings:
+        console.print(f"[bold yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
     console.print(comparison_table(evaluation.comparison))
-    console.print(verdict(evaluation.comparison), markup=False, highlight=False)
+    say(verdict(evaluation.comparison))
+    for line in (*lost_prompts(evaluation), *side_effect_lines(evaluation)):
+        say(line)
     for label, name in (("report", "report.html"), ("pictures", "comparison.png"), ("weights", "final")):
-        console.print(f"{label}: {run / name}", markup=False, highlight=False, soft_wrap=True)
+        say(f"{label}: {run / name}")
 
 
 def comparison_table(comparison: Any) -> Table:
     """Base against tuned, per metric and per category of the main metric."""
     from diffalign.evaluation.wording import amount, change, interval
 
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
-    for heading in ("metric", "base", "tuned", "difference", "95 % interval", "n"):
-        table.add_column(heading, justify="left" if heading == "metric" else "right", no_wrap=True)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)  # eighty columns hold no lines between
+    for heading in ("metric", "base", "tuned", "change", "95 % interval", "wins %", "n"):
+        first = heading == "metric"
+        table.add_column(heading, justify="left" if first else "right", no_wrap=not first, overflow="fold")
 
     def row(label: str, metric: Any) -> None:
         values = (
             amount(metric, metric.base),
             amount(metric, metric.tuned),
             change(metric, metric.difference).removesuffix(" points"),
+            interval(metric, metric.interval).removesuffix(" points"),
         )
-        bounds = interval(metric, metric.interval).removesuffix(" points")
-        table.add_row(label, *values, bounds, str(metric.n))
+        table.add_row(label, *values, f"{100 * metric.wins.rate:.1f}", str(metric.n))
 
     for name, metric in comparison.metrics.items():
         row(name, metric)
     main = comparison.main.name
     for category, metrics in comparison.categories.items():
-        if main in metrics:
-            row(f"  {category}", metrics[main])
+        row(f"  {category}", metrics[main])
     return table
+
+
+def score_files_command(
+    files: Sequence[Path],
+    rewards: Sequence[str],
+    prompt: str | None,
+    prompts: Path | None,
+    out: Path | None,
+    on_error: Literal["raise", "skip"],
+    batch_size: int,
+) -> None:
+    """Score files, print the table, write the scores if asked, and list what was left out."""
+    import torch
+
+    from diffalign.evaluation.files import score_files, write_scores
+    from diffalign.rewards import load_reward, place
+
+    if out is not None and out.suffix.lower() not in (".csv", ".jsonl"):
+        raise DiffalignError(f"cannot write scores to {out}; expected a name that ends in .csv or .jsonl")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    scorers = [place(load_reward(spec), device) for spec in reward_specs(rewards) or []]
+    with Reporter() as reporter:
+        scores = score_files(
+            files, scorers, prompt=prompt, prompts=prompts, batch_size=batch_size, on_error=on_error,
+            progress=reporter,
+        )  # fmt: skip
+    console = Console()
+    if len(scores.files) <= SHOWN_FILES:
+        console.print(_file_table(scores))
+    console.print(_summary_table(scores))
+    for path, reason in list(scores.faults.items())[:SHOWN_FILES]:
+        console.print(f"left out: {path} {reason}", markup=False, highlight=False, soft_wrap=True)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_scores(scores, out)
+        console.print(f"scores: {out}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _summary_table(scores: Any) -> Table:
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in ("reward", "mean", "std", "min", "max", "n", "skipped"):
+        table.add_column(heading, justify="left" if heading == "reward" else "right", no_wrap=True)
+    for name, facts in scores.summary().items():
+        numbers = [f"{facts[key]:.4g}" for key in ("mean", "std", "min", "max")]
+        table.add_row(name, *numbers, f"{facts['n']:.0f}", f"{facts['skipped']:.0f}")
+    return table
+
+
+def _file_table(scores: Any) -> Table:
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("file")
+    for name in scores.scores:
+        table.add_column(name, justify="right", no_wrap=True)
+    for i, path in enumerate(scores.files):
+        values = [column[i] for column in scores.scores.values()]
+        table.add_row(escape(path.name), *("" if v != v else f"{v:.4g}" for v in values))
+    return table
+
+
+def list_rewards(as_json: bool) -> None:
+    """The catalogue of rewards: scale, backbone and licence of each."""
+    from diffalign.evaluation.catalogue import catalogue
+
+    entries = catalogue()
+    if as_json:
+        print(json.dumps([entry.as_json() for entry in entries], indent=2))
+        return
+    console = Console()
+    for entry in entries:
+        what = entry.problem or entry.summary
+        console.print(f"[bold]{escape(entry.name)}[/]  {escape(what)}", highlight=False, soft_wrap=True)
+        facts = entry.facts
+        known = {"scale": facts.scale, "backbone": facts.backbone, "licence": facts.licence}
+        known |= {"kind": entry.kind if entry.kind in ("set", "wrapper") else ""}
+        for label, text in known.items():
+            if text:
+                console.print(f"    {label}: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 def export_run_command(run: Path, format: Any, out: Path | None) -> None:

@@ -44,8 +44,9 @@ class ModelConfig(StrictModel):
     """Hub revision (commit, tag or branch); name a commit to be reproducible."""
     variant: str | None = None
     """File variant on the hub such as `fp16`: half the download."""
-    tune: Literal["lora", "full"] = "lora"
-    """`lora` trains adapters; `full` trains all weights of the network: 16 bytes each, and a frozen copy."""
+    tune: Literal["lora", "full", "head"] = "lora"
+    """`lora` trains adapters; `full` trains all weights of the network: 16 bytes each, and a frozen copy; `head`, for
+    reward models, trains a head on stored embeddings of a frozen CLIP: seconds."""
     lora: LoRAConfig = LoRAConfig()
     """The adapters; ignored when `tune` is `full`."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -144,6 +145,25 @@ class CheckpointConfig(StrictModel):
     """How many of the newest checkpoints stay on the disk."""
     keep_best: bool = True
     """Also keep the checkpoint with the best `evaluation.best_metric`."""
+    final: Literal["last", "best"] = "last"
+    """Which weights `final/` holds: those of the last step, or of the best checkpoint."""
+
+
+class MonitorConfig(StrictModel):
+    """Watching for over-optimisation: the same pictures at every look, scored, with drift, diversity, sharpness."""
+
+    num_prompts: int = Field(default=32, ge=0)
+    """Pictures made at each look, one per prompt of `evaluation.prompts`; 0 turns the monitor off. A look costs as
+    much as making them, and 16 forward passes each. Needs `evaluation.rewards`."""
+    gold: str | None = None
+    """The reward of `evaluation.rewards` that decides; null: the first that training does not optimise."""
+    stop: Literal["off", "when_gold_falls"] = "off"
+    """`when_gold_falls` ends the run when the gold score has fallen in `patience` looks in a row; `final/` then
+    holds the best weights seen. Needs `evaluation.every`."""
+    patience: int = Field(default=2, ge=1)
+    """Looks in a row that must show a fall."""
+    tolerance: float = Field(default=1.0, ge=0)
+    """A fall is one of more than so many standard errors of the paired difference to the best look."""
 
 
 class EvaluationConfig(StrictModel):
@@ -161,12 +181,15 @@ class EvaluationConfig(StrictModel):
     """Classifier-free guidance scale; 1 or less turns it off."""
     batch_size: int = Field(default=8, ge=1)
     """Pictures generated at once."""
-    rewards: list[str] = Field(default_factory=list)
-    """Names of the scorers applied to the pictures."""
+    rewards: list[str | dict[str, Any]] = Field(default_factory=list)
+    """Scorers applied to the pictures, the first being the main one: names, `name@PATH`, `module:Name`, files, or
+    mappings with the key `reward`. Each costs a pass over all pictures."""
     seed: int = Field(default=0, ge=0)
     """First seed of the pictures; base and tuned model use the same ones."""
     best_metric: str = "held_out/implicit_accuracy"
     """What `checkpoint.keep_best` compares; higher is better, except for names that end in loss or error."""
+    monitor: MonitorConfig = MonitorConfig()
+    """What is watched during the run."""
 
 
 class RunConfig(StrictModel):
@@ -190,6 +213,16 @@ class RunConfig(StrictModel):
     """Checkpoints."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Measurements."""
+
+    @model_validator(mode="after")
+    def _stop_needs_looks(self) -> RunConfig:
+        if self.evaluation.monitor.stop != "off" and not self.evaluation.every:
+            raise ValueError(
+                "evaluation.monitor.stop needs evaluation.every above 0: the steps between looks"
+            )
+        if self.checkpoint.final == "best" and not self.checkpoint.keep_best:
+            raise ValueError("checkpoint.final=best needs checkpoint.keep_best=true")
+        return self
 
     @model_validator(mode="after")
     def _ema_needs_full(self) -> RunConfig:
@@ -247,11 +280,19 @@ def trainer_config(config: RunConfig) -> Any:
     """The validated `Config` object of the trainer that `trainer.method` names.
 
     Raises:
-        DiffalignError: unknown method, unknown option (the nearest one is named) or a bad value.
+        DiffalignError: unknown method, unknown option (the nearest one is named), a bad value, or weights tuned in
+            a way that the method has not.
     """
+    from diffalign.errors import DiffalignError
     from diffalign.validation import validate_section
 
-    return validate_section(trainer_class(config).Config, config.trainer, "trainer")
+    kind = trainer_class(config)
+    if config.model.tune not in kind.tunes:
+        raise DiffalignError(
+            f"model.tune is {config.model.tune!r}; trainer.method {config.trainer['method']!r} works with: "
+            f"{', '.join(kind.tunes)}"
+        )
+    return validate_section(kind.Config, config.trainer, "trainer")
 
 
 def trainer_class(config: RunConfig) -> Any:

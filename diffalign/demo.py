@@ -26,7 +26,7 @@ def run_demo(output: Path, overrides: list[str], reporter: Reporter) -> Evaluati
     Raises:
         DiffalignError: a bad override, a full disk.
     """
-    demo = [f"output_dir={output.parent}", f"name={output.name}", "evaluation.every=0"]
+    demo = [f"output_dir={output.parent}", f"name={output.name}", "evaluation.every=100"]
     config = load_recipe(RECIPE, [*demo, *overrides])
     shutil.rmtree(config.folder, ignore_errors=True)
     started = time.monotonic()

@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-SHOWN = ("loss", "implicit_accuracy", "grad_norm", "lr", "pairs_per_second")
+SHOWN = ("loss", "implicit_accuracy", "accuracy", "grad_norm", "lr", "pairs_per_second")
 
 
 class Reporter:

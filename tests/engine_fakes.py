@@ -59,6 +59,8 @@ class LinearTrainer:
     """Least squares with dropout and noise that belongs to (step, record)."""
 
     Config = LinearConfig
+    data = "pairs"
+    tunes = ("lora", "full")
 
     def __init__(self, config: LinearConfig, backbone: LinearBackbone):
         self.config, self.backbone = config, backbone

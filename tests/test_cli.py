@@ -246,6 +246,51 @@ def test_data_validate_prints_counts(recipe, capsys):
     assert report["overlap"] == 5
 
 
+def test_score_prints_a_table_and_writes_scores(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("def level(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    for i, shade in enumerate((0, 255)):
+        Image.new("RGB", (8, 8), (shade,) * 3).save(f"{i}.png")
+    line = ["score", ".", "--rewards", "mine:level,saturation", "--prompt", "a", "--out", "out/s.csv"]
+    assert cli.run(line) == 0
+    out = capsys.readouterr().out
+    assert "level" in out
+    assert "saturation" in out
+    assert "0.5" in out
+    assert len(Path("out/s.csv").read_text().splitlines()) == 3
+    assert cli.run(["score", ".", "--rewards", "saturation,", "--prompt", "a"]) == 2
+    assert "empty name" in capsys.readouterr().err
+    assert cli.run(["score", ".", "--rewards", "saturation"]) == 2
+    assert "has no prompt" in capsys.readouterr().err
+    assert cli.run([*line[:-1], "s.txt"]) == 2
+    assert ".csv or .jsonl" in capsys.readouterr().err
+    Path("broken.png").write_bytes(b"x")
+    assert cli.run([*line[:-2], "--on-error", "skip"]) == 0
+    assert "left out: broken.png cannot be decoded" in capsys.readouterr().out
+
+
+def test_rewards_lists_the_catalogue(capsys):
+    assert cli.run(["rewards", "--json"]) == 0
+    listed = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
+    assert listed["pickscore"]["backbone"].startswith("CLIP ViT-H/14")
+    assert cli.run(["rewards"]) == 0
+    assert "scenes-judge" in capsys.readouterr().out
+
+
+def test_evaluate_prints_warnings_table_and_verdict(recipe, capsys):
+    Path("mine.py").write_text("def level(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    assert cli.run(["train", str(recipe), "optim.steps=1", "optim.lr=1e-12"]) == 0
+    capsys.readouterr()
+    options = ["--rewards", "mine:level,saturation", "--seeds-per-prompt", "2"]
+    assert cli.run(["evaluate", "runs/small", "--against", "runs/small", *options]) == 0
+    out = capsys.readouterr().out
+    assert "No difference: level is" in out
+    assert "side effects: no difference in sharpness, saturation, diversity over seeds" in out
+    assert "drift from the base: 0 nats" in out
+    rows = [line for line in out.splitlines() if line.startswith(("level ", "saturation "))]
+    assert [row.split()[-2:] for row in rows] == [["50.0", "4"], ["50.0", "4"]]
+
+
 SURFACE = {
     "demo": "--output --seed --steps",
     "recipes list": "",
@@ -256,8 +301,11 @@ SURFACE = {
     "data validate": "--held-out --held-out-split --json --limit --split source",
     "generate": ("--batch-size --guidance --num --out --prompt --prompts --resolution --seed --steps model"),
     "evaluate": (
-        "--against --batch-size --checkpoint --guidance --num --prompts --rewards --seed --seeds-per-prompt --steps run"
+        "--against --batch-size --checkpoint --drift-pictures --encoder --guidance --num --prompts --rewards --seed "
+        "--seeds-per-prompt --steps run"
     ),
+    "score": "--batch-size --on-error --out --prompt --prompts --rewards files",
+    "rewards": "--json",
     "export": "--format --out run",
     "doctor": "overrides recipe",
 }

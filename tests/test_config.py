@@ -67,7 +67,7 @@ def test_overrides_are_yaml_values(recipe):
         ("model.lora.rnak=4", "model.lora.rnak: unknown key; did you mean model.lora.rank?"),
         ("lr=1", "lr: unknown key; did you mean optim.lr?"),
         ("optm.lr=1", "optm: unknown key; did you mean optim?"),
-        ("model.tune=ful", "model.tune: is 'ful'; expected 'lora' or 'full'"),
+        ("model.tune=ful", "model.tune: is 'ful'; expected 'lora', 'full' or 'head'"),
         ("data.resolution=63", "data.resolution: is 63; expected a multiple of 8"),
         ("optim.lr=fast", "optim.lr: is 'fast'; expected a valid number"),
         ("optim.lr=.nan", "optim.lr: is nan"),
@@ -160,9 +160,11 @@ model.gradient_checkpointing model.compile model.vae data data.source data.forma
 data.held_out_split data.resolution data.crop data.flip data.ties data.limit data.cache_dir data.latents
 data.shard_size data.max_pixels data.labels trainer optim optim.optimizer optim.lr optim.weight_decay
 optim.betas optim.eps optim.schedule optim.warmup optim.steps optim.batch_size optim.accumulation optim.clip
-optim.ema optim.max_nonfinite checkpoint checkpoint.every checkpoint.keep_last checkpoint.keep_best evaluation
-evaluation.every evaluation.prompts evaluation.num_prompts evaluation.steps evaluation.guidance
-evaluation.batch_size evaluation.rewards evaluation.seed evaluation.best_metric
+optim.ema optim.max_nonfinite checkpoint checkpoint.every checkpoint.keep_last checkpoint.keep_best
+checkpoint.final evaluation evaluation.every evaluation.prompts evaluation.num_prompts evaluation.steps
+evaluation.guidance evaluation.batch_size evaluation.rewards evaluation.seed evaluation.best_metric
+evaluation.monitor evaluation.monitor.num_prompts evaluation.monitor.gold evaluation.monitor.stop
+evaluation.monitor.patience evaluation.monitor.tolerance
 """
 
 

@@ -80,8 +80,13 @@ def open_source(config: ModelConfig) -> Source:
     """Find a model and read its index.
 
     Raises:
-        DiffalignError: the model is missing, unreadable or not a pipeline.
+        DiffalignError: the model is missing, unreadable or not a pipeline, or the run trained a reward model.
     """
+    if config.tune == "head":
+        raise DiffalignError(
+            f"model.tune is 'head': {config.path} is a scorer, not a generator. Use a finished reward model as the "
+            "reward trained@RUN, for example in diffalign score"
+        )
     path = resolve_model(config.path)
     revision = {"revision": config.revision} if config.revision else {}
     index = loading(f"index of {config.path}", lambda: DiffusionPipeline.load_config(path, **revision))

@@ -31,6 +31,7 @@ class Ingredients:
         pictures: a PIL image of samples of the current weights. export: writes the final files into a folder.
         summary: what a reader must know to judge the run's numbers.
         report: writes the report of the finished training into the run folder.
+        monitor: watches for over-optimisation (`diffalign.evaluation.monitor`); its pictures replace `pictures`.
     """
 
     backbone: Any
@@ -41,10 +42,25 @@ class Ingredients:
     export: Callable[[Path], None] | None = None
     summary: str = ""
     report: Callable[[], Any] | None = None
+    monitor: Any = None
 
 
 def assemble(config: RunConfig, parallel: Parallel, reporter: Reporter) -> Ingredients:
-    """The real parts: pairs are encoded on first use, by the first process; the others wait for its files.
+    """The real parts, by what the trainer learns from: latents of pairs, or judgements (reward models).
+
+    Raises:
+        DiffalignError: bad model, data or prompts.
+    """
+    if trainer_class(config).data == "judgements":
+        from diffalign.engine.scorer_assembly import assemble_scorer
+
+        return assemble_scorer(config, parallel, reporter)
+    return assemble_generator(config, parallel, reporter)
+
+
+def assemble_generator(config: RunConfig, parallel: Parallel, reporter: Reporter) -> Ingredients:
+    """The parts of a run that tunes a generator: pairs are encoded on first use, by the first process; the others
+    wait for its files.
 
     Raises:
         DiffalignError: bad model, data or prompts.
@@ -73,6 +89,7 @@ def assemble(config: RunConfig, parallel: Parallel, reporter: Reporter) -> Ingre
         lambda folder: _export(config, backbone, folder),
         _summary(config, options, backbone),
         lambda: _report(config),
+        _monitor(config, backbone, reporter),
     )
 
 
@@ -99,6 +116,19 @@ class OpenedOnce:
                 seed=config.seed,
             )
         return self._backbone
+
+
+def open_data(config: RunConfig, parallel: Parallel, reporter: Reporter) -> tuple[Any, Any]:
+    """Training pairs and held-out pairs (None when there are none) of a recipe, encoded where still missing.
+
+    Raises:
+        DiffalignError: bad model or data, or a full disk.
+    """
+    if trainer_class(config).data == "judgements":
+        from diffalign.engine.scorer_assembly import ClipOnce, open_judged
+
+        return open_judged(config, ClipOnce(config, parallel.device), parallel.is_main, reporter)
+    return open_caches(config, OpenedOnce(config, parallel), parallel.is_main, reporter)
 
 
 def open_caches(
@@ -148,6 +178,24 @@ def _picture_prompts(config: RunConfig) -> list[Any]:
 
     prompts = read_prompts(config.evaluation.prompts)[: min(GRID_PROMPTS, config.evaluation.num_prompts)]
     return with_seeds(prompts, config.evaluation.seed)
+
+
+def _monitor(config: RunConfig, backbone: Any, reporter: Reporter) -> Any:
+    """The watch for over-optimisation, when the recipe names prompts and rewards."""
+    options = config.evaluation
+    if options.prompts is None or not options.rewards or not options.monitor.num_prompts:
+        return None
+    from diffalign.evaluation.monitor import Monitor
+    from diffalign.evaluation.pictures import Settings
+    from diffalign.evaluation.prompts import read_prompts, with_seeds
+    from diffalign.rewards import load_reward, place
+
+    rewards = [place(load_reward(spec), backbone.device) for spec in options.rewards]
+    prompts = with_seeds(read_prompts(options.prompts, options.monitor.num_prompts), options.seed)
+    settings = Settings(options.steps, options.guidance, options.batch_size)
+    monitor = Monitor(backbone, prompts, settings, rewards, gold=options.monitor.gold)
+    reporter.say(f"monitor: {len(prompts)} prompts, gold reward {monitor.gold}")
+    return monitor
 
 
 def _sample_grid(config: RunConfig, backbone: Any, prompts: list[Any]) -> Any:

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,10 +129,11 @@ def newest_valid(root: Path, warn: Callable[[str], None] = print) -> Path | None
     return None
 
 
-def prune(root: Path, keep_last: int, best_step: int | None) -> None:
-    """Delete all but the newest `keep_last` checkpoints and the one of `best_step`."""
+def prune(root: Path, keep_last: int, best_steps: Iterable[int]) -> None:
+    """Delete all but the newest `keep_last` checkpoints and those of `best_steps`."""
+    kept = {step_folder(root, step) for step in best_steps}
     for folder in checkpoints(root)[:-keep_last]:
-        if best_step is None or folder != step_folder(root, best_step):
+        if folder not in kept:
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -23,7 +23,14 @@ from safetensors.torch import save_file
 
 from diffalign.config import RunConfig, save_config, with_trainer_defaults
 from diffalign.engine.assembly import Ingredients, assemble
-from diffalign.engine.checkpoints import Checkpoint, prune, readable_disk_errors, save_checkpoint
+from diffalign.engine.checkpoints import (
+    Checkpoint,
+    load_checkpoint,
+    prune,
+    readable_disk_errors,
+    save_checkpoint,
+    step_folder,
+)
 from diffalign.engine.optim import learning_rate
 from diffalign.engine.parallel import Parallel
 from diffalign.engine.resume import (
@@ -35,6 +42,7 @@ from diffalign.engine.resume import (
 )
 from diffalign.engine.run import Batch, Outcome, Run
 from diffalign.engine.signals import StopSignals
+from diffalign.engine.watching import Watch
 from diffalign.errors import DiffalignError
 from diffalign.metrics import MetricsLog, is_better, log_every, peak_memory
 from diffalign.progress import Reporter, numbers_line
@@ -49,6 +57,7 @@ class RunResult:
     Fields:
         folder: the run folder. step: cumulative steps done. metrics: newest value of every logged number.
         skipped: steps left out because they were not finite. signal: what stopped the run early, or None.
+        stopped: why the stop rule ended the run, or None.
     """
 
     folder: Path
@@ -56,6 +65,7 @@ class RunResult:
     metrics: dict[str, float] = field(default_factory=dict)
     skipped: int = 0
     signal: int | None = None
+    stopped: str | None = None
 
     @property
     def exit_code(self) -> int:
@@ -122,12 +132,16 @@ class Session:
         self.latest: dict[str, float] = {}
         self.log: MetricsLog | None = None
         self.saved_step: int | None = None
+        self.watch = Watch(parts.monitor, config.evaluation.monitor, reporter.say)
+        self._evaluated_step = 0
         self._train_seconds, self._norms, self._logged_pairs = 0.0, 0.0, 0
 
     def restore(self, start: Checkpoint) -> None:
         """Continue from a checkpoint."""
         self.run.restore(start)
         self.saved_step = self.run.counters.step
+        if "gold_rule" in start.state:
+            self.watch.rule.restore(start.state["gold_rule"])
         self.reporter.say(f"resuming after step {self.saved_step} of {self.config.optim.steps}")
         changed = changed_versions(start.state)
         if changed:
@@ -150,7 +164,13 @@ class Session:
     def _loop(self) -> bool:
         """Steps up to the last one; True when a signal stopped it."""
         run, steps = self.run, self.config.optim.steps
-        if run.counters.step == 0:
+        fresh = run.counters.step == 0
+        self.watch.start(self.config.folder / "monitor", fresh, self.parallel.is_main)
+        if fresh and self.parts.monitor is not None:
+            values, image = self.watch.first()
+            self._write(values)
+            self._show(image)
+        elif fresh:
             self._pictures()
         batches = prefetched(run.draws(len(self.parts.cache)), self.parts.trainer.fetch)
         self._logged_pairs = run.counters.pairs
@@ -163,6 +183,8 @@ class Session:
             self._after_step(outcome)
             if outcome.stop and run.counters.step < steps:
                 return True
+            if self.watch.reason:
+                break
         return False
 
     def _after_step(self, outcome: Outcome) -> None:
@@ -207,9 +229,15 @@ class Session:
     def _evaluate(self) -> bool:
         """Held-out metrics and sample pictures; True when a new best checkpoint is to be kept."""
         counters, name = self.run.counters, self.config.evaluation.best_metric
+        self._evaluated_step = counters.step
         with self._averaged():
             values = self.parts.evaluate() if self.parts.evaluate else {}
-            self._pictures()
+            if self.parts.monitor is None:
+                self._pictures()
+            else:
+                watched, image = self.watch.look(counters.step)
+                self._show(image)
+                values = {**values, **watched}
         if not values:
             return False
         self._write(values)
@@ -220,17 +248,20 @@ class Session:
                 f"evaluation.best_metric is {name!r}, which is not measured; "
                 f"measured: {', '.join(sorted(values))}"
             )
-        if not is_better(name, values[name], counters.best_value):
-            return False
-        counters.best_value, counters.best_step = values[name], counters.step
-        return self.config.checkpoint.keep_best
+        keep = self.watch.is_best(counters.step)
+        if is_better(name, values[name], counters.best_value):
+            counters.best_value, counters.best_step = values[name], counters.step
+            keep = True
+        return keep and self.config.checkpoint.keep_best
 
     def _pictures(self) -> None:
         """Sample grid at fixed prompts and seeds."""
-        if self.parts.pictures is None:
-            return
+        if self.parts.pictures is not None:
+            self._show(self.parts.pictures())
+
+    def _show(self, image: Any) -> None:
+        """Keep a picture of the current step, and show it in TensorBoard."""
         step = self.run.counters.step
-        image = self.parts.pictures()
         if self.log is not None and image is not None:
             path = self.config.folder / "samples" / f"step-{step:06d}.png"
             image.save(path)
@@ -242,20 +273,30 @@ class Session:
         if self.saved_step == counters.step:
             return
         checkpoint = self.run.snapshot()
-        checkpoint.state |= {"config": binding_config(self.config), "versions": versions()}
+        checkpoint.state |= {
+            "config": binding_config(self.config),
+            "versions": versions(),
+            "gold_rule": self.watch.rule.state(),
+        }
         failure: DiffalignError | None = None
         if self.parallel.is_main:
             root = self.config.folder / "checkpoints"
             try:
                 save_checkpoint(root, counters.step, checkpoint, self.reporter.say)
-                keep = counters.best_step if self.config.checkpoint.keep_best else None
-                prune(root, self.config.checkpoint.keep_last, keep)
+                prune(root, self.config.checkpoint.keep_last, self._best_steps())
             except DiffalignError as error:
                 failure = error
         (failed,) = self.parallel.agree(float(failure is not None))
         if failed:
             raise failure or DiffalignError("the main process could not write a checkpoint; see its message")
         self.saved_step = counters.step
+
+    def _best_steps(self) -> list[int]:
+        """Steps whose checkpoints stay: the best by the chosen metric, and by the gold score when it may stop."""
+        if not self.config.checkpoint.keep_best:
+            return []
+        best = self.run.counters.best_step
+        return [*([] if best is None else [best]), *self.watch.best_steps()]
 
     def _stopped(self) -> RunResult:
         self._save()
@@ -269,15 +310,34 @@ class Session:
     def _finish(self) -> None:
         # The evaluation may take long and be interrupted; the training before it is safe then.
         self._save()
-        if self._evaluate():
+        if self._evaluated_step != self.run.counters.step and (self._evaluate() or self.watch.may_stop):
+            # A new best, or a look that the stop rule of a longer run must remember.
             self.saved_step = None
             self._save()
+        if self.watch.reason:
+            self.reporter.say(f"stopped: {self.watch.reason}")
+        self._choose_final()
         with self._averaged():
             weights = self.run.weights()
             if self.parallel.is_main:
                 self._write_final(weights)
         if self.parallel.is_main and self.parts.report is not None:
             self.parts.report()
+
+    def _choose_final(self) -> None:
+        """Load the weights that `final/` is to hold, when they are not the last ones."""
+        counters, config = self.run.counters, self.config
+        best = counters.best_step if config.checkpoint.final == "best" else counters.step
+        chosen = self.watch.rule.best_step if self.watch.reason else best
+        if chosen is None or chosen == counters.step:
+            return
+        folder = step_folder(config.folder / "checkpoints", chosen)
+        if not folder.is_dir():
+            self.reporter.say(f"final/ holds the last weights; the best look, step {chosen}, was not kept")
+            return
+        self.run.restore(load_checkpoint(folder))
+        self.run.counters = counters
+        self.reporter.say(f"final/ holds the weights of step {chosen}")
 
     def _write_final(self, weights: dict[str, torch.Tensor]) -> None:
         """`final/`, complete or not at all."""
@@ -302,7 +362,9 @@ class Session:
 
     def _result(self, signal: int | None = None) -> RunResult:
         counters = self.run.counters
-        return RunResult(self.config.folder, counters.step, dict(self.latest), counters.skipped, signal)
+        return RunResult(
+            self.config.folder, counters.step, dict(self.latest), counters.skipped, signal, self.watch.reason
+        )
 
     def _introduce(self) -> None:
         """The numbers a reader needs to judge the run, before its first step."""

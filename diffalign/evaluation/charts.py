@@ -109,8 +109,8 @@ def bars(
         return _svg(figure, "values per category")
 
 
-def curves(lines: Sequence[Curve], *, title: str, neutral: float | None = None) -> str:
-    """Series over steps; long noisy ones are drawn pale with their running mean on top."""
+def curves(lines: Sequence[Curve], *, title: str, neutral: float | None = None, axis: str = "step") -> str:
+    """Series over steps (or what `axis` names); long noisy ones are drawn pale with their running mean on top."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(NARROW, 3.0)
         for line in lines:
@@ -133,7 +133,7 @@ def curves(lines: Sequence[Curve], *, title: str, neutral: float | None = None) 
         if neutral is not None:
             axes.axhline(neutral, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.6)
         axes.set_title(title, fontsize=11, loc="left")
-        axes.set_xlabel("step")
+        axes.set_xlabel(axis)
         if len(lines) > 1:
             axes.legend(frameon=False, fontsize=9)
         _grid(axes, "y")

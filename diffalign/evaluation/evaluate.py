@@ -1,4 +1,4 @@
-"""Evaluate a run: pictures of base and tuned model from the same noise, scores, intervals, a report."""
+"""Evaluate a run: pictures of base and tuned model from the same noise, scores, side effects, a report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from diffalign.backbones import model_fingerprint, open_backbone
 from diffalign.config import EvaluationConfig, ModelConfig, RunConfig, load_run_config
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare
+from diffalign.evaluation.drift import Drift, Probe, drift, make_probe, predicted_noise, quadrature
 from diffalign.evaluation.history import held_out_metrics, read_history
+from diffalign.evaluation.independence import independence_warnings
 from diffalign.evaluation.pictures import (
     Pictures,
     Progress,
@@ -28,9 +30,14 @@ from diffalign.evaluation.pictures import (
 from diffalign.evaluation.prompts import EvalPrompt, read_prompts, with_seeds
 from diffalign.evaluation.report import write_report
 from diffalign.evaluation.result import Evaluation, save_evaluation
-from diffalign.rewards import load_reward
+from diffalign.evaluation.side_effects import side_effects
+from diffalign.rewards import Spec, load_reward, place
+from diffalign.rewards.encoders import load_encoder
 from diffalign.validation import validate_section
 from diffalign.versions import versions
+
+ENCODER = "pixels:8"
+DRIFT_PICTURES = 64
 
 
 def evaluate_run(
@@ -39,13 +46,15 @@ def evaluate_run(
     *,
     prompts: str | None = None,
     num: int | None = None,
-    rewards: Sequence[str] | None = None,
+    rewards: Sequence[Spec] | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     batch_size: int | None = None,
     seed: int | None = None,
     seeds_per_prompt: int = 1,
     checkpoint: str = "final",
+    encoder: str = ENCODER,
+    drift_pictures: int = DRIFT_PICTURES,
     device: str | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
@@ -57,7 +66,10 @@ def evaluate_run(
 
     Args:
         against: another run folder, a hub id or a model folder; None or `base`: the untuned model of the run.
+        rewards: specifications of scorers, the first being the main one.
         checkpoint: folder of the weights inside the run, such as `final` or `checkpoints/step-000500`.
+        encoder: in which diversity is measured (`diffalign.rewards.encoders`).
+        drift_pictures: base pictures behind the drift; 0 leaves it out. It needs a base with the same VAE.
 
     Raises:
         DiffalignError: not a run, no such weights, bad prompts or rewards, or nothing to measure.
@@ -69,24 +81,40 @@ def evaluate_run(
         dict(prompts=prompts, num_prompts=num, rewards=rewards and list(rewards), steps=steps,
              guidance=guidance, batch_size=batch_size, seed=seed),
     )  # fmt: skip
-    scorers = [load_reward(name) for name in options.rewards]
+    device = _device(device)
+    scorers = [place(load_reward(spec), device) for spec in options.rewards]
+    features: Any = load_encoder(encoder)
+    place(features, device)
     rows = with_seeds(read_prompts(str(options.prompts), options.num_prompts), options.seed, seeds_per_prompt)
     weights = weights_file(run, checkpoint)
     against = None if against == "base" else against
-    maker = _Maker(
-        rows, Settings(options.steps, options.guidance, options.batch_size), _device(device), progress
-    )
-    base, tuned = _both_pictures(maker, run, config, weights, against)
+    settings = Settings(options.steps, options.guidance, options.batch_size)
+    maker = _Maker(rows, settings, device, progress, drift_pictures)
+    made = _both_pictures(maker, run, config, weights, against)
+    comparison = compare(made.base, made.tuned, rows, scorers, progress=progress)
     evaluation = Evaluation(
-        compare(base, tuned, rows, scorers, progress=progress),
-        base,
-        tuned,
-        _settings(options, seeds_per_prompt, checkpoint, against or config.model.path),
+        comparison,
+        made.base,
+        made.tuned,
+        _settings(options, seeds_per_prompt, checkpoint, against or config.model.path) | {"encoder": encoder},
         held_out_metrics(read_history(run)),
+        independence_warnings(scorers, options.rewards, config.trainer) + _skip_warnings(comparison),
+        side_effects(made.base, made.tuned, rows, features, progress=progress),
+        made.drift,
     )
     save_evaluation(run, evaluation)
     write_report(run, evaluation)
     return evaluation
+
+
+def _skip_warnings(comparison: Any) -> list[str]:
+    """How many pictures each reward left out."""
+    total = 2 * len(comparison.prompts)
+    return [
+        f"{name} skipped {count} of {total} pictures; their pairs are left out of its numbers"
+        for name, count in comparison.skipped.items()
+        if count
+    ]
 
 
 def weights_file(run_folder: Path, checkpoint: str) -> Path:
@@ -113,6 +141,7 @@ class _Maker:
     settings: Settings
     device: str
     progress: Progress
+    drift_pictures: int
 
     def open(self, config: RunConfig) -> Any:
         return open_backbone(config.model, device=self.device, parts="all", resolution=config.data.resolution)
@@ -128,52 +157,99 @@ class _Maker:
             progress=self.progress,
         )
 
+    def predict(self, backbone: Any, probe: Probe) -> torch.Tensor:
+        self.progress("drift", 0, 1)
+        found = predicted_noise(backbone, probe, self.settings.batch_size)
+        self.progress("drift", 1, 1)
+        return found
 
-def _both_pictures(
-    maker: _Maker, run: Path, config: RunConfig, weights: Path, against: str | None
-) -> tuple[Pictures, Pictures]:
+
+@dataclass(frozen=True)
+class _Made:
+    """Pictures of both models, and how far apart their predictions are (None when not measured)."""
+
+    base: Pictures
+    tuned: Pictures
+    drift: Drift | None
+
+
+@dataclass(frozen=True)
+class _Before:
+    """The base: its pictures, and what it predicts for the probe."""
+
+    pictures: Pictures
+    probe: Probe | None = None
+    predicted: torch.Tensor | None = None
+
+
+def _both_pictures(maker: _Maker, run: Path, config: RunConfig, weights: Path, against: str | None) -> _Made:
     """Base and tuned pictures; without `against` one model gives both, the base before the weights go in."""
     kept = Path(config.data.cache_dir) / "pictures"
     if against is not None:
-        base = _other_pictures(maker, config, against, kept)
+        before = _other_pictures(maker, config, against, kept)
         backbone = maker.open(config)
     else:
         backbone = maker.open(config)
-        base = _untuned_pictures(maker, backbone, config.model, kept)
+        before = _untuned_pictures(maker, backbone, config.model, kept)
     backbone.load_trainable_state(load_file(weights))
-    tuned = maker.make(
-        backbone,
-        run / "evaluation" / "pictures",
-        _fingerprint(backbone, config.model, False),
-        "tuned pictures",
-    )
-    return base, tuned
+    fingerprint = _fingerprint(backbone, config.model, False)
+    tuned = maker.make(backbone, run / "evaluation" / "pictures", fingerprint, "tuned pictures")
+    return _Made(before.pictures, tuned, _drift(maker, backbone, before))
 
 
-def _untuned_pictures(maker: _Maker, backbone: Any, model: ModelConfig, folder: Path) -> Pictures:
-    """Pictures of a model as it was opened: adapters switched off, or full weights not yet replaced."""
+def _drift(maker: _Maker, backbone: Any, before: _Before) -> Drift | None:
+    if before.probe is None or before.predicted is None:
+        return None
+    after = maker.predict(backbone, before.probe)
+    return drift(backbone.process, before.probe, before.predicted, after, _probed(maker))
+
+
+def _probed(maker: _Maker) -> list[EvalPrompt]:
+    """Prompts of the drift: evenly spread, so that every category takes part."""
+    step = -(-len(maker.rows) // maker.drift_pictures)
+    return maker.rows[::step]
+
+
+def _with_probe(maker: _Maker, backbone: Any, pictures: Pictures) -> _Before:
+    """Ask the base, as it stands, what it predicts for its own noised pictures."""
+    if maker.drift_pictures == 0:
+        return _Before(pictures)
+    rows = _probed(maker)
+    chosen = Pictures([pictures.paths[maker.rows.index(row)] for row in rows])
+    times, _ = quadrature(backbone.process)
+    probe = make_probe(backbone, chosen, rows, times, maker.settings.batch_size)
+    return _Before(pictures, probe, maker.predict(backbone, probe))
+
+
+def _untuned_pictures(maker: _Maker, backbone: Any, model: ModelConfig, folder: Path) -> _Before:
+    """The base as it was opened: adapters switched off, or full weights not yet replaced."""
     frozen: AbstractContextManager[Any] = backbone.reference() if model.tune == "lora" else nullcontext()
+    fingerprint = _fingerprint(backbone, model, True)
     with frozen:
-        return maker.make(backbone, folder, _fingerprint(backbone, model, True), "base pictures")
+        pictures = maker.make(backbone, folder, fingerprint, "base pictures")
+        return _with_probe(maker, backbone, pictures)
 
 
-def _other_pictures(maker: _Maker, config: RunConfig, against: str, folder: Path) -> Pictures:
-    """Pictures of another run or of another model."""
+def _other_pictures(maker: _Maker, config: RunConfig, against: str, folder: Path) -> _Before:
+    """Another run or another model as the base; its drift is measured when it is a variant of the same model."""
     if (Path(against) / "config.yaml").is_file():
         other = load_run_config(against)
         weights = weights_file(Path(against), "final")
         backbone = maker.open(other)
         backbone.load_trainable_state(load_file(weights))
         pictures = maker.make(backbone, folder, _fingerprint(backbone, other.model, False), "base pictures")
+        same = (other.model.path, other.model.vae) == (config.model.path, config.model.vae)
+        before = _with_probe(maker, backbone, pictures) if same else _Before(pictures)
     else:
         model = ModelConfig(path=against, precision=config.model.precision, attention=config.model.attention)
         backbone = maker.open(config.model_copy(update={"model": model}))
-        pictures = _untuned_pictures(maker, backbone, model, folder)
+        found = _untuned_pictures(maker, backbone, model, folder)
+        before = found if model.path == config.model.path else _Before(found.pictures)
     del backbone
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return pictures
+    return before
 
 
 def _fingerprint(backbone: Any, model: ModelConfig, untuned: bool) -> str:
@@ -190,7 +266,9 @@ def _options(config: EvaluationConfig, given: dict[str, Any]) -> EvaluationConfi
     values = config.model_dump() | {key: value for key, value in given.items() if value is not None}
     options: EvaluationConfig = validate_section(EvaluationConfig, values, "evaluation")
     if not options.prompts:
-        raise DiffalignError("no prompts to evaluate on; expected scenes:held-out or a prompt file")
+        raise DiffalignError(
+            "no prompts to evaluate on; expected scenes:held-out, a prompt file or a named set"
+        )
     if not options.rewards:
         raise DiffalignError("no reward to evaluate by; expected at least one, such as scenes-judge")
     return options

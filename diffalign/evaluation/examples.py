@@ -36,6 +36,8 @@ def _row(comparison: Comparison, base: Images, tuned: Images, i: int) -> Row:
     scores = comparison.scores[comparison.main.name]
     before, after = float(scores.base[i]), float(scores.tuned[i])
     pictures = base[i : i + 1][0], tuned[i : i + 1][0]
+    if not scores.scored[i]:
+        return Row(comparison.prompts[i].text, *pictures, notes=("not scored", "not scored"))
     if comparison.main.binary:
         return Row(comparison.prompts[i].text, *pictures, marks=(_mark(before), _mark(after)))
     return Row(comparison.prompts[i].text, *pictures, notes=(f"{before:.4g}", f"{after:.4g}"))
@@ -46,5 +48,6 @@ def _mark(score: float) -> Mark:
 
 
 def _difference(comparison: Comparison) -> np.ndarray:
+    """Change of the main metric `[N]`, 0 for pairs that were skipped."""
     scores = comparison.scores[comparison.main.name]
-    return scores.tuned - scores.base
+    return np.where(scores.scored, scores.tuned - scores.base, 0.0)

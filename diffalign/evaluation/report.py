@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +15,23 @@ from PIL import Image
 from diffalign import __version__
 from diffalign.config import RunConfig, load_run_config
 from diffalign.evaluation import wording
-from diffalign.evaluation.charts import BASE, TUNED, Curve, Line, bars, curves, forest
-from diffalign.evaluation.compare import Comparison, Metric
-from diffalign.evaluation.examples import as_rows, biggest_gains, biggest_losses, random_rows
-from diffalign.evaluation.grids import Row
-from diffalign.evaluation.history import held_out_metrics, read_history, series
-from diffalign.evaluation.pictures import to_uint8
+from diffalign.evaluation.charts import BASE, TUNED, Curve, curves
+from diffalign.evaluation.history import (
+    held_out_metrics,
+    monitored_rewards,
+    paired_series,
+    read_history,
+    relative_series,
+    series,
+)
 from diffalign.evaluation.result import Evaluation, implicit_summary, write_text
+from diffalign.evaluation.sections import Panel, data_uri, galleries, lost_section, result_section
+from diffalign.evaluation.sections import side_effects_section as side_section
 from diffalign.versions import versions
 
-EXAMPLES = 6
 SAMPLE_GRIDS = 6
-PICTURE_SIZE = 320
 GRID_SIZE = 900
-
-
-@dataclass(frozen=True)
-class Panel:
-    """A chart with the sentence that says how to read it."""
-
-    svg: Markup
-    caption: str
-
-
-@dataclass(frozen=True)
-class Gallery:
-    """Side-by-side pictures under a heading."""
-
-    title: str
-    text: str
-    rows: list[dict[str, Any]]
+MONITOR_COLORS = (TUNED, "#d1495b", "#d9a21b", BASE)
 
 
 def write_report(run_folder: str | Path, evaluation: Evaluation | None = None) -> Path:
@@ -73,9 +58,12 @@ def write_report(run_folder: str | Path, evaluation: Evaluation | None = None) -
         lead=_lead(config),
         version=__version__,
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        result=_result(evaluation.comparison) if evaluation else None,
+        warnings=evaluation.warnings if evaluation else [],
+        result=result_section(evaluation.comparison) if evaluation else None,
         implicit=implicit_summary(held_out),
-        galleries=_galleries(evaluation) if evaluation else [],
+        side_effects=side_section(evaluation) if evaluation else None,
+        lost=lost_section(evaluation) if evaluation else None,
+        galleries=galleries(evaluation) if evaluation else [],
         curves=_curves(history),
         samples=_sample_grids(run),
         settings=_settings(config, evaluation),
@@ -94,104 +82,6 @@ def _lead(config: RunConfig) -> str:
         f"{config.model.path}, {tune}, method {config.trainer.get('method', '?')}, "
         f"{config.optim.steps} steps of {pairs} pairs per process from {config.data.source}."
     )
-
-
-def _result(comparison: Comparison) -> dict[str, Any]:
-    """Everything the result section shows."""
-    return {
-        "verdict": wording.verdict(comparison),
-        "change": comparison.main.change,
-        "main": _numbers(comparison.main),
-        "metrics": [_numbers(metric) for metric in comparison.metrics.values()],
-        "panels": _panels(comparison),
-    }
-
-
-def _numbers(metric: Metric) -> dict[str, Any]:
-    """A metric as text for the table."""
-    wins = metric.wins
-    return {
-        "name": metric.name,
-        "base": wording.amount(metric, metric.base),
-        "tuned": wording.amount(metric, metric.tuned),
-        "base_interval": wording.amount_interval(metric, metric.base_interval),
-        "tuned_interval": wording.amount_interval(metric, metric.tuned_interval),
-        "difference": wording.change(metric, metric.difference),
-        "interval": wording.interval(metric, metric.interval),
-        "change": metric.change,
-        "n": metric.n,
-        "prompts": metric.prompts,
-        "win_rate": wording.share(wins.rate),
-        "win_interval": wording.share_interval(wins.interval),
-        "p": "below 0.0001" if wins.p_value < 1e-4 else f"{wins.p_value:.4f}",
-        **{name: getattr(wins, name) for name in ("wins", "ties", "losses")},
-        "std": metric.scorer_std and [f"{value:.3g}" for value in metric.scorer_std],
-    }
-
-
-def _panels(comparison: Comparison) -> list[Panel]:
-    """Forest plots of the main metric and of all win rates, and bars per category."""
-    main = comparison.main
-    groups = {"all prompts": main} | {
-        name: metrics[main.name] for name, metrics in comparison.categories.items()
-    }
-    scale = 100 if main.binary else 1
-    unit = "percentage points" if main.binary else "score"
-    differences = [
-        Line(
-            name.replace("_", " "),
-            scale * m.difference,
-            (scale * m.interval[0], scale * m.interval[1]),
-            f"{wording.change(m, m.difference)}, n = {m.n}",
-        )
-        for name, m in groups.items()
-    ]
-    panels = [
-        Panel(
-            Markup(forest(differences, neutral=0, axis=f"{main.name}: tuned minus base, {unit}")),
-            "Difference of the main metric with its 95 % interval. An interval that touches the dashed line "
-            "is compatible with no difference.",
-        )
-    ]
-    rates = [
-        Line(
-            m.name,
-            100 * m.wins.rate,
-            (100 * m.wins.interval[0], 100 * m.wins.interval[1]),
-            f"{wording.share(m.wins.rate)}, {m.wins.ties} ties",
-        )
-        for m in comparison.metrics.values()
-    ]
-    panels.append(
-        Panel(
-            Markup(forest(rates, neutral=50, axis="win rate of tuned over base, %")),
-            "How often the tuned picture scores higher than the base picture of the same prompt and seed; "
-            "a tie counts as half a win.",
-        )
-    )
-    return panels + _category_bars(comparison)
-
-
-def _category_bars(comparison: Comparison) -> list[Panel]:
-    main = comparison.main
-    metrics = [found[main.name] for found in comparison.categories.values()]
-    if not metrics:
-        return []
-    scale = 100 if main.binary else 1
-
-    def scaled(value: float, bounds: tuple[float, float]) -> tuple[float, tuple[float, float]]:
-        return scale * value, (scale * bounds[0], scale * bounds[1])
-
-    chart = bars(
-        [name.replace("_", " ") for name in comparison.categories],
-        [scaled(m.base, m.base_interval) for m in metrics],
-        [scaled(m.tuned, m.tuned_interval) for m in metrics],
-        axis=f"{main.name}, %" if main.binary else main.name,
-    )
-    caption = (
-        "Each model per category with its 95 % interval. Judge differences by the first plot: it is paired."
-    )
-    return [Panel(Markup(chart), caption)]
 
 
 def _curves(history: list[dict[str, Any]]) -> list[Panel]:
@@ -228,38 +118,35 @@ def _curves(history: list[dict[str, Any]]) -> list[Panel]:
         drawn = [curve for curve in drawn if curve.points]
         if drawn:
             panels.append(Panel(Markup(curves(drawn, title=title, neutral=neutral)), caption))
-    return panels
+    return panels + _monitor_panels(history)
 
 
-def _galleries(evaluation: Evaluation) -> list[Gallery]:
-    comparison = evaluation.comparison
-    chosen = (
-        ("Random pairs", "Drawn without looking at the scores.", random_rows(comparison, EXAMPLES)),
-        ("Biggest gains", f"By {comparison.main.name}.", biggest_gains(comparison, EXAMPLES)),
-        ("What was lost", f"Largest falls in {comparison.main.name}.", biggest_losses(comparison, EXAMPLES)),
-    )
-    return [
-        Gallery(
-            title, text, [_shown(r) for r in as_rows(comparison, evaluation.base, evaluation.tuned, rows)]
+def _monitor_panels(history: list[dict[str, Any]]) -> list[Panel]:
+    """What the over-optimisation monitor saw: scores over drift, and what tuning costs."""
+    panels = []
+    over_drift = [
+        Curve(name, paired_series(history, "monitor/drift", f"monitor/{name}/win_rate"), color)
+        for name, color in zip(monitored_rewards(history), cycle(MONITOR_COLORS), strict=False)
+    ]
+    over_drift = [curve for curve in over_drift if len(curve.points) > 1]
+    if over_drift:
+        title = "Win rate against the base, over drift"
+        chart = curves(over_drift, title=title, neutral=0.5, axis="distance from the base, sqrt(KL) in nats")
+        caption = (
+            "Fixed prompts and seeds. A reward that training does not optimise and that turns down while the distance "
+            "grows is over-optimisation: stop there."
         )
-        for title, text, rows in chosen
-        if rows
+        panels.append(Panel(Markup(chart), caption))
+    costs = [
+        Curve(name, relative_series(history, f"monitor/{name}"), color)
+        for name, color in zip(("diversity", "sharpness", "saturation"), MONITOR_COLORS, strict=False)
     ]
-
-
-def _shown(row: Row) -> dict[str, Any]:
-    images = [Image.fromarray(to_uint8(image)) for image in (row.base, row.tuned)]
-    sides = [
-        {
-            "name": name,
-            "src": data_uri(image),
-            "mark": mark,
-            "note": note,
-            "tiny": max(image.size) < PICTURE_SIZE // 2,
-        }
-        for name, image, mark, note in zip(("base", "tuned"), images, row.marks, row.notes, strict=True)
-    ]
-    return {"prompt": row.prompt, "sides": sides}
+    costs = [curve for curve in costs if len(curve.points) > 1]
+    if costs:
+        chart = curves(costs, title="Side effects, relative to the base", neutral=1.0)
+        caption = "Diversity that falls is collapse; sharpness or saturation that rises is often a cheat."
+        panels.append(Panel(Markup(chart), caption))
+    return panels
 
 
 def _sample_grids(run: Path) -> list[dict[str, str]]:
@@ -283,20 +170,6 @@ def spread(total: int, most: int) -> list[int]:
     if total <= most:
         return list(range(total))
     return [round(i * (total - 1) / (most - 1)) for i in range(most)]
-
-
-def data_uri(image: Image.Image, size: int = PICTURE_SIZE) -> str:
-    """An image inside a URL: PNG when it is small, else reduced to `size` pixels as JPEG."""
-    image = image.convert("RGB")
-    buffer = io.BytesIO()
-    if max(image.size) <= size:
-        image.save(buffer, format="PNG", optimize=True)
-        kind = "png"
-    else:
-        image.thumbnail((size, size), Image.Resampling.LANCZOS)
-        image.save(buffer, format="JPEG", quality=88)
-        kind = "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _settings(config: RunConfig, evaluation: Evaluation | None) -> list[tuple[str, str]]:

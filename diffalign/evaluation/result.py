@@ -3,29 +3,49 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from diffalign.evaluation.compare import Comparison, Images
+from diffalign.evaluation.drift import Drift
 from diffalign.evaluation.examples import as_rows, random_rows
 from diffalign.evaluation.grids import comparison_grid
+from diffalign.evaluation.lost import Lost, find_lost
+from diffalign.evaluation.side_effects import SideEffect
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluated run: the comparison, its pictures, how they were made, the last held-out measurements."""
+    """An evaluated run: the comparison, its pictures, how they were made, the last held-out measurements.
+
+    Fields:
+        warnings: what a reader must know before believing the numbers. side_effects: by name.
+        drift: distance of the tuned model from the base, None when it was not measured.
+    """
 
     comparison: Comparison
     base: Images
     tuned: Images
     settings: dict[str, Any]
     held_out: dict[str, float]
+    warnings: list[str] = field(default_factory=list)
+    side_effects: dict[str, SideEffect] = field(default_factory=dict)
+    drift: Drift | None = None
+
+    @property
+    def lost(self) -> Lost:
+        """What got worse."""
+        return find_lost(self.comparison)
 
     def as_json(self) -> dict[str, Any]:
         """The content of `evaluation.json`."""
         return {
+            "warnings": self.warnings,
             **self.comparison.as_json(),
+            "side_effects": {name: effect.as_json() for name, effect in self.side_effects.items()},
+            "drift": self.drift and self.drift.as_json(),
+            "lost": self.lost.as_json(self.comparison),
             "implicit_accuracy": implicit_summary(self.held_out),
             "settings": self.settings,
         }
@@ -61,8 +81,6 @@ def implicit_summary(held_out: dict[str, float]) -> dict[str, Any] | None:
 def _score_line(comparison: Comparison, i: int) -> dict[str, Any]:
     prompt = comparison.prompts[i]
     scores = {
-        name: [float(s.base[i]), float(s.tuned[i])]
-        for name, s in comparison.scores.items()
-        if s.base[i] == s.base[i]
+        name: [float(s.base[i]), float(s.tuned[i])] for name, s in comparison.scores.items() if s.scored[i]
     }
     return {"prompt": prompt.text, "category": prompt.category, "seed": prompt.seed, "scores": scores}

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from diffalign.evaluation.compare import Comparison, Metric
 from diffalign.evaluation.statistics import Interval
+
+if TYPE_CHECKING:
+    from diffalign.evaluation.result import Evaluation
+
+SHOWN_PROMPTS = 3
+SHOWN_LOSSES = 4
 
 
 def amount(metric: Metric, value: float) -> str:
@@ -69,13 +77,44 @@ def losses(comparison: Comparison) -> list[str]:
         if m.change == "worse"
     ]
     for category, metrics in comparison.categories.items():
-        m = metrics[main.name]
-        if m.change == "worse":
+        for m in (metrics[name] for name in comparison.skipped if name in metrics):
+            if m.change != "worse":
+                continue
             lost.append(f"{m.name} for {category} fell by {change(m, abs(m.difference)).lstrip('+')}")
-    sentences = [f"What was lost: {'; '.join(lost)}."] if lost else []
+    more = [f"and {len(lost) - SHOWN_LOSSES} more"] if len(lost) > SHOWN_LOSSES else []
+    sentences = [f"What was lost: {'; '.join([*lost[:SHOWN_LOSSES], *more])}."] if lost else []
     if main.binary and main.wins.losses:
         gained, wrong = main.wins.wins, main.wins.losses
         sentences.append(
             f"{gained} pictures that were wrong are right now, {wrong} that were right are wrong now."
         )
     return sentences
+
+
+def lost_prompts(evaluation: Evaluation) -> list[str]:
+    """The prompts that fell most over their seeds, when prompts have several; significant ones are marked."""
+    falls = [fall for fall in evaluation.lost.prompts if fall.seeds > 1][:SHOWN_PROMPTS]
+    main = evaluation.comparison.main
+    return [
+        f"fell: {fall.prompt!r} {change(main, fall.difference)}, {fall.worse} of {fall.seeds} seeds"
+        + (", significant" if fall.significant else "")
+        for fall in falls
+    ]
+
+
+def side_effect_lines(evaluation: Evaluation) -> list[str]:
+    """What else changed, in one line, and how far the model moved, in another."""
+    changed = [
+        f"{effect.name} {effect.change} ({effect.base:.3g} to {effect.tuned:.3g})"
+        for effect in evaluation.side_effects.values()
+        if effect.change != "no difference"
+    ]
+    measured = ", ".join(evaluation.side_effects)
+    lines = []
+    if measured:
+        lines.append(f"side effects: {'; '.join(changed) or f'no difference in {measured}'}")
+    if evaluation.drift is not None:
+        drift = evaluation.drift
+        low, high = drift.interval
+        lines.append(f"drift from the base: {drift.kl:.3g} nats per picture ({low:.3g} to {high:.3g})")
+    return lines

@@ -112,9 +112,9 @@ def test_little_space_is_announced_before_writing(tmp_path, monkeypatch):
 def test_prune_keeps_newest_and_best(tmp_path):
     for step in (1, 2, 3, 4, 10):
         save_checkpoint(tmp_path, step, small())
-    prune(tmp_path, keep_last=2, best_step=2)
+    prune(tmp_path, keep_last=2, best_steps=[2])
     assert [p.name for p in checkpoints(tmp_path)] == ["step-000002", "step-000004", "step-000010"]
-    prune(tmp_path, keep_last=1, best_step=None)
+    prune(tmp_path, keep_last=1, best_steps=[])
     assert [p.name for p in checkpoints(tmp_path)] == ["step-000010"]
 
 

@@ -134,6 +134,14 @@ def test_verdict_says_what_was_lost() -> None:
     assert "15 pictures that were wrong are right now, 10 that were right are wrong now." in text
 
 
+def test_a_long_list_of_losses_is_cut() -> None:
+    light, dark = flat([0.9] * 24), flat([0.1] * 24)
+    result = compare(light, dark, prompts(24, ("a", "b", "c")), [Lit(), Brightness()])
+    # Two metrics beside the main one, and three categories of two rewards: eight losses.
+    assert verdict(result).count(" fell by ") == 4
+    assert "; and 4 more." in verdict(result)
+
+
 def test_same_model_twice_makes_the_same_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """`compare_models` gives both models the same prompts and seeds, batch by batch."""
     calls: list[tuple[str, list[str], list[int]]] = []

@@ -16,6 +16,7 @@ from diffalign.config import RunConfig, save_config
 from diffalign.errors import DiffalignError
 from diffalign.evaluation import pictures
 from diffalign.evaluation.evaluate import evaluate_run
+from diffalign.evaluation.wording import verdict
 
 REWARD = "import torch\ndef brightness(images, prompts):\n    return images.mean((1, 2, 3))\n"
 
@@ -78,6 +79,10 @@ def test_run_is_compared_with_its_base_and_everything_is_written(run: Path, gene
     assert data["settings"]["base"].endswith("tiny-sdxl")
     assert data["implicit_accuracy"] is None
     assert {"report.html", "comparison.png"} <= {p.name for p in run.iterdir()}
+    assert data["drift"]["kl"] > 0
+    assert (data["drift"]["pictures"], data["drift"]["times"]) == (6, 8)
+    effects = ["sharpness", "saturation", "diversity over seeds", "diversity over prompts"]
+    assert list(data["side_effects"]) == effects
 
 
 def test_second_evaluation_makes_no_picture_again(run: Path, generated: list[str]) -> None:
@@ -105,9 +110,30 @@ def test_base_pictures_are_those_of_the_untouched_pipeline(run: Path, tiny_sdxl:
 
 def test_untrained_run_shows_no_difference(tiny_sdxl: Path, run: Path) -> None:
     untrained = _make_run(tiny_sdxl, run.parent / "untrained", "lora", 0.0)
-    metric = evaluate_run(untrained).comparison.main
+    evaluation = evaluate_run(untrained)
+    metric = evaluation.comparison.main
     assert metric.difference == 0.0
     assert metric.change == "no difference"
+    assert metric.wins.rate == 0.5
+    assert evaluation.drift is not None
+    assert evaluation.drift.kl == 0.0
+    assert all(effect.change == "no difference" for effect in evaluation.side_effects.values())
+    assert verdict(evaluation.comparison).startswith("No difference: brightness is ")
+    assert "No difference: brightness is " in (untrained / "report.html").read_text()
+
+
+def test_scorers_from_mappings_and_warnings(run: Path) -> None:
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(
+        text.replace("method: dpo", "method: dpo\n  reward: {reward: guarded, of: saturation}")
+    )
+    rewards = [{"reward": "guarded", "of": "grey_rewards:brightness", "on_error": "skip"}, "saturation"]
+    evaluation = evaluate_run(run, rewards=rewards, drift_pictures=0)
+    assert list(evaluation.comparison.metrics) == ["brightness", "saturation"]
+    assert evaluation.drift is None
+    [warning] = evaluation.warnings
+    assert warning.startswith("saturation is what this run was trained on")
+    assert json.loads((run / "evaluation.json").read_text())["warnings"] == [warning]
 
 
 def test_full_fine_tuning_uses_the_original_weights_as_base(tiny_sdxl: Path, run: Path) -> None:
@@ -116,10 +142,16 @@ def test_full_fine_tuning_uses_the_original_weights_as_base(tiny_sdxl: Path, run
     evaluation = evaluate_run(full)
     assert torch.allclose(evaluation.base[0:3], lora_base, atol=1.5 / 255)
     assert evaluation.comparison.main.difference != 0
+    assert evaluation.drift is not None
+    assert evaluation.drift.kl > 0
 
 
 def test_run_against_another_run_and_against_a_model(run: Path, tiny_sdxl: Path) -> None:
-    assert evaluate_run(run, against=str(run)).comparison.main.difference == 0.0
+    itself = evaluate_run(run, against=str(run))
+    assert itself.comparison.main.difference == 0.0
+    assert itself.comparison.main.wins.rate == 0.5
+    assert itself.drift is not None
+    assert itself.drift.kl == 0.0
     against_base = evaluate_run(run).comparison.main
     against_model = evaluate_run(run, against=str(tiny_sdxl)).comparison.main
     assert against_model.difference == pytest.approx(against_base.difference, abs=1e-3)
@@ -132,6 +164,7 @@ def test_run_against_another_run_and_against_a_model(run: Path, tiny_sdxl: Path)
         ({"prompts": "none.txt"}, "no prompt file 'none.txt'"),
         ({"rewards": ["scenes-judg"]}, "Did you mean 'scenes-judge'"),
         ({"num": 0}, "evaluation.num_prompts"),
+        ({"encoder": "pixel:8"}, "pixel:8"),
         ({"num": 50}, "holds 3 different prompts, 50 were asked for"),
     ],
 )

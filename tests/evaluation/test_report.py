@@ -15,10 +15,13 @@ from PIL import Image
 from diffalign.config import RunConfig, save_config
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.compare import compare
+from diffalign.evaluation.drift import Drift
 from diffalign.evaluation.history import held_out_metrics, read_history, series
 from diffalign.evaluation.prompts import EvalPrompt
 from diffalign.evaluation.report import data_uri, spread, write_report
 from diffalign.evaluation.result import Evaluation, save_evaluation
+from diffalign.evaluation.side_effects import side_effects
+from diffalign.rewards.encoders import load_encoder
 
 HOSTILE = '<script>alert("x")</script> & <img src=https://evil.example/x.png>'
 
@@ -169,3 +172,46 @@ def test_large_pictures_are_reduced_small_ones_kept_exactly() -> None:
 @pytest.mark.parametrize(("total", "expected"), [(0, []), (2, [0, 1]), (5, [0, 2, 4]), (100, [0, 50, 99])])
 def test_spread_keeps_the_ends(total: int, expected: list[int]) -> None:
     assert spread(total, 3) == expected
+
+
+def test_warnings_side_effects_and_losses_are_shown(run: Path) -> None:
+    comparison, base, tuned = lit_comparison()
+    rows = [EvalPrompt(f"p{i % 9} {HOSTILE}", f"c{i % 2}", i) for i in range(24)]
+    comparison = compare(base, tuned, rows, [Lit(), Brightness()])
+    drift = Drift(12.5, (10.0, 15.0), 0.0125, 0.08, 24, 8)
+    effects = side_effects(base, tuned, rows, load_encoder("pixels:2"))
+    warnings = [f"lit and {HOSTILE} share a backbone"]
+    evaluation = Evaluation(comparison, base, tuned, {}, {}, warnings, effects, drift)
+    html = write_report(run, evaluation).read_text(encoding="utf-8")
+    assert "<script" not in html
+    assert "<img src=https" not in html
+    assert html.index("Read this first") < html.index("Measurements") < html.index("Side effects")
+    assert html.index("Side effects") < html.index("What was lost") < html.index("Side by side")
+    assert "12.5 nats" in html
+    assert "10 to 15; 0.013 per latent element" in html
+    assert "diversity over seeds" in html
+    assert "Prompts that fell most" in html
+    assert f"{len(evaluation.lost.flips['lit'].lost)} pictures that were right are wrong now" in html
+    assert f"median {comparison.metrics['brightness'].medians[1]:.4g}" in html
+
+
+def test_no_losses_are_said(run: Path) -> None:
+    dark, light = flat([0.1] * 6), flat([0.9] * 6)
+    comparison = compare(dark, light, [EvalPrompt(str(i)) for i in range(6)], [Lit()])
+    html = write_report(run, Evaluation(comparison, dark, light, {}, {})).read_text(encoding="utf-8")
+    assert "No scorer got worse" in html
+    assert "Read this first" not in html
+    assert "Side effects" not in html
+
+
+def test_saved_evaluation_gains_the_new_entries(run: Path) -> None:
+    evaluation = _evaluation()
+    save_evaluation(run, evaluation)
+    data = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    assert set(data) == {
+        "warnings", "metrics", "categories", "skipped", "side_effects", "drift", "lost", "implicit_accuracy",
+        "settings",
+    }  # fmt: skip
+    assert data["lost"]["flips"]["lit"]["right_to_wrong"] == 3
+    assert data["drift"] is None
+    assert data["skipped"] == {"lit": 0, "brightness": 0}
