@@ -302,9 +302,10 @@ def _summary_table(scores: Any) -> Table:
 
 def _file_table(scores: Any) -> Table:
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("file")
+    table.add_column("file", no_wrap=True)
     for name in scores.scores:
-        table.add_column(name, justify="right", no_wrap=True)
+        # Names of many rewards take two lines rather than the place of the file's name.
+        table.add_column(name, justify="right", overflow="fold")
     for i, path in enumerate(scores.files):
         values = [column[i] for column in scores.scores.values()]
         table.add_row(escape(path.name), *("" if v != v else f"{v:.4g}" for v in values))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
-from diffalign.rewards.base import RewardOutput, facts_of
+from diffalign.rewards.base import Reward, RewardOutput, facts_of
 from diffalign.rewards.combine.members import check_batch
 from diffalign.rewards.combine.wrapper import Of, Wrapper, only
 
@@ -27,6 +27,20 @@ class Skipped:
 
     prompt: str
     reason: str
+
+
+def ask(reward: Reward, media: Tensor, prompts: Sequence[str]) -> RewardOutput:
+    """A reward's answer; whatever it raises becomes one message that names it.
+
+    Raises:
+        DiffalignError: the reward failed.
+    """
+    try:
+        return reward.score(media, prompts)
+    except DiffalignError:
+        raise
+    except Exception as error:
+        raise _failure(reward.name, prompts, error) from error
 
 
 class Guarded(Wrapper):

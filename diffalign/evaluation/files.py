@@ -20,7 +20,7 @@ from diffalign.evaluation.pictures import Progress, silent
 from diffalign.evaluation.result import write_text
 from diffalign.evaluation.scoring import Array, may_skip, unique_names
 from diffalign.rewards import Reward
-from diffalign.rewards.guard import Guarded
+from diffalign.rewards.guard import Guarded, ask
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 SIDECAR = "pictures.jsonl"
@@ -223,7 +223,7 @@ def _enter(
         DiffalignError: scores that are not finite, of a reward that does not skip.
     """
     with torch.no_grad():
-        output = reward.score(images, prompts)
+        output = ask(reward, images, prompts)
     mean = output.mean.double().cpu().numpy()
     if not may_skip(reward) and not np.isfinite(mean).all():
         raise DiffalignError(

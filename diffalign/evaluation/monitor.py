@@ -25,6 +25,7 @@ from diffalign.evaluation.pictures import Settings, generate_batch
 from diffalign.evaluation.prompts import EvalPrompt
 from diffalign.evaluation.side_effects import DIAGNOSTICS, distances, mean_pairwise
 from diffalign.rewards.base import Reward
+from diffalign.rewards.guard import ask
 
 PREFIX = "monitor/"
 DRIFT_TIMES = 4
@@ -168,7 +169,7 @@ class Monitor:
     def _score(self, reward: Reward, images: Tensor) -> Tensor:
         size = self.settings.batch_size
         parts = [
-            reward.score(images[start : start + size], [p.text for p in self.prompts[start : start + size]])
+            ask(reward, images[start : start + size], [p.text for p in self.prompts[start : start + size]])
             for start in range(0, len(self.prompts), size)
         ]
         scores = torch.cat([part.mean.detach().double().cpu() for part in parts])

@@ -14,6 +14,7 @@ from torch import Tensor
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.pictures import Progress, silent
 from diffalign.rewards.base import Reward, RewardOutput
+from diffalign.rewards.guard import ask
 
 Array = NDArray[np.float64]
 SCORE_BATCH = 16
@@ -88,7 +89,7 @@ def score_pictures(
         progress(label, start, total)
         rows = slice(start, min(start + batch_size, total))
         with torch.no_grad():
-            output = reward.score(images[rows], prompts[rows])
+            output = ask(reward, images[rows], prompts[rows])
         for name, values in _named(output).items():
             column = columns.setdefault(name, np.full(total, np.nan))
             column[rows] = _checked(values, rows.stop - start, label)

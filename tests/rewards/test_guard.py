@@ -12,9 +12,9 @@ from combine_fakes import Channel, SetReward, colours
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
-from diffalign.rewards import Reward, RewardOutput, facts_of, load_reward
+from diffalign.rewards import FunctionReward, Reward, RewardOutput, facts_of, load_reward
 from diffalign.rewards.combine.weighted_sum import WeightedSum
-from diffalign.rewards.guard import Guarded
+from diffalign.rewards.guard import Guarded, ask
 
 PROMPTS = ["a", "b", "c", "d", "e"]
 MEDIA = colours(*((0.1 * i, 0.0, 0.0) for i in range(1, 6)))
@@ -223,3 +223,16 @@ def test_bad_options_are_refused() -> None:
         Guarded(Channel(0), timeout=0)
     with pytest.raises(DiffalignError, match="wraps one reward; got a list of 2"):
         Guarded([Channel(0), Channel(1)])
+
+
+def test_ask_names_the_reward_that_raised_and_keeps_its_own_messages():
+    def boom(images, prompts):
+        raise RuntimeError("scorer exploded")
+
+    def told(images, prompts):
+        raise DiffalignError("give me an endpoint")
+
+    with pytest.raises(DiffalignError, match=r"'boom'.*scorer exploded"):
+        ask(FunctionReward(boom), torch.zeros(2, 3, 4, 4), ["a", "b"])
+    with pytest.raises(DiffalignError, match=r"^give me an endpoint$"):
+        ask(FunctionReward(told), torch.zeros(2, 3, 4, 4), ["a", "b"])
