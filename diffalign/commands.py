@@ -58,8 +58,11 @@ def list_recipes() -> None:
 def run_training(config: RunConfig, resume: bool) -> int:
     """Train and return the exit code."""
     from diffalign.engine import train
+    from diffalign.engine.parallel import leave
 
-    return train(config, resume=resume).exit_code
+    result = train(config, resume=resume)
+    leave()
+    return result.exit_code
 
 
 def show_plan(config: RunConfig) -> int:

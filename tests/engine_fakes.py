@@ -162,6 +162,7 @@ def kill_in_step(at: int) -> None:
 
 def main(arguments: list[str]) -> int:
     from diffalign.engine import train
+    from diffalign.engine.parallel import leave
 
     torch.set_num_threads(1)
     if "KILL_AT" in os.environ:
@@ -174,6 +175,7 @@ def main(arguments: list[str]) -> int:
     except DiffalignError as error:
         print(error, file=sys.stderr)
         return 2
+    leave()
     return result.exit_code
 
 

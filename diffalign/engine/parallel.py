@@ -21,6 +21,16 @@ from torch import Tensor, nn
 from diffalign.errors import DiffalignError
 
 
+def leave() -> None:
+    """Leave the group of processes, if there is one, together: the last thing a program does after training.
+
+    A process that exits while others still talk can abort in the communication library's threads.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 class Parallel:
     """The processes of a run.
 

@@ -80,7 +80,7 @@ def test_skipped_pairs_are_left_out_and_counted() -> None:
 def test_guarded_failures_become_skips() -> None:
     result = compare(flat([0.0] * 6), flat([1.0] * 6), prompts(6), [Guarded(Failing(), "skip")])
     assert (result.main.n, result.main.wins.wins) == (5, 5)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(DiffalignError, match="no answer"):
         compare(flat([0.0] * 6), flat([1.0] * 6), prompts(6), [Failing()])
 
 
