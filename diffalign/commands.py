@@ -58,11 +58,9 @@ def list_recipes() -> None:
 def run_training(config: RunConfig, resume: bool) -> int:
     """Train and return the exit code."""
     from diffalign.engine import train
-    from diffalign.engine.parallel import leave
+    from diffalign.engine.parallel import end_together
 
-    result = train(config, resume=resume)
-    leave()
-    return result.exit_code
+    return end_together(train(config, resume=resume).exit_code)
 
 
 def show_plan(config: RunConfig) -> int:

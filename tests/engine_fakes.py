@@ -162,7 +162,7 @@ def kill_in_step(at: int) -> None:
 
 def main(arguments: list[str]) -> int:
     from diffalign.engine import train
-    from diffalign.engine.parallel import leave
+    from diffalign.engine.parallel import end_together
 
     torch.set_num_threads(1)
     if "KILL_AT" in os.environ:
@@ -175,8 +175,7 @@ def main(arguments: list[str]) -> int:
     except DiffalignError as error:
         print(error, file=sys.stderr)
         return 2
-    leave()
-    return result.exit_code
+    return end_together(result.exit_code)
 
 
 if __name__ == "__main__":

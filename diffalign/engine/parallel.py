@@ -8,6 +8,7 @@ GPUs only, and this way the path is tested on CPUs.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,14 +22,18 @@ from torch import Tensor, nn
 from diffalign.errors import DiffalignError
 
 
-def leave() -> None:
-    """Leave the group of processes, if there is one, together: the last thing a program does after training.
+def end_together(code: int) -> int:
+    """The last thing a program does after training: processes that work together wait for each other and exit.
 
-    A process that exits while others still talk can abort in the communication library's threads.
+    They exit at once: while an interpreter shuts down, the communication library's threads can abort a process whose
+    work is done and saved. A process on its own just gets `code` back.
     """
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    if not (dist.is_available() and dist.is_initialized()):
+        return code
+    dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class Parallel:
