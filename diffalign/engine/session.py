@@ -132,7 +132,7 @@ class Session:
         self.latest: dict[str, float] = {}
         self.log: MetricsLog | None = None
         self.saved_step: int | None = None
-        self.watch = Watch(parts.monitor, config.evaluation.monitor, reporter.say)
+        self.watch = Watch(parts.monitor, parts.pictures, config.evaluation.monitor, reporter.say)
         self._evaluated_step = 0
         self._train_seconds, self._norms, self._logged_pairs = 0.0, 0.0, 0
 
@@ -166,12 +166,11 @@ class Session:
         run, steps = self.run, self.config.optim.steps
         fresh = run.counters.step == 0
         self.watch.start(self.config.folder / "monitor", fresh, self.parallel.is_main)
-        if fresh and self.parts.monitor is not None:
+        if fresh:
             values, image = self.watch.first()
-            self._write(values)
             self._show(image)
-        elif fresh:
-            self._pictures()
+            if values:
+                self._write(values)
         batches = prefetched(run.draws(len(self.parts.cache)), self.parts.trainer.fetch)
         self._logged_pairs = run.counters.pairs
         run.network.train()
@@ -232,12 +231,9 @@ class Session:
         self._evaluated_step = counters.step
         with self._averaged():
             values = self.parts.evaluate() if self.parts.evaluate else {}
-            if self.parts.monitor is None:
-                self._pictures()
-            else:
-                watched, image = self.watch.look(counters.step)
-                self._show(image)
-                values = {**values, **watched}
+            watched, image = self.watch.look(counters.step)
+            self._show(image)
+            values = {**values, **watched}
         if not values:
             return False
         self._write(values)
@@ -253,11 +249,6 @@ class Session:
             counters.best_value, counters.best_step = values[name], counters.step
             keep = True
         return keep and self.config.checkpoint.keep_best
-
-    def _pictures(self) -> None:
-        """Sample grid at fixed prompts and seeds."""
-        if self.parts.pictures is not None:
-            self._show(self.parts.pictures())
 
     def _show(self, image: Any) -> None:
         """Keep a picture of the current step, and show it in TensorBoard."""

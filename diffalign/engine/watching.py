@@ -11,10 +11,16 @@ from diffalign.engine.stopping import GoldRule
 
 
 class Watch:
-    """Takes the monitor's looks at a run and asks the stop rule; without a monitor it does nothing."""
+    """Takes the monitor's looks at a run and asks the stop rule; without a monitor it only makes sample pictures."""
 
-    def __init__(self, monitor: Any, options: MonitorConfig, say: Callable[[str], None]) -> None:
-        self.monitor, self.options, self.say = monitor, options, say
+    def __init__(
+        self,
+        monitor: Any,
+        pictures: Callable[[], Any] | None,
+        options: MonitorConfig,
+        say: Callable[[str], None],
+    ) -> None:
+        self.monitor, self.pictures, self.options, self.say = monitor, pictures, options, say
         self.rule = GoldRule(options.patience, options.tolerance)
         self.reason: str | None = None
 
@@ -30,12 +36,12 @@ class Watch:
             self.monitor.prepare(folder, fresh=fresh, write=write)
 
     def first(self) -> tuple[dict[str, float], Any]:
-        """Metrics and pictures of the base model."""
-        return self._taken(0, self.monitor.first_look())
+        """Metrics and a grid of pictures (or None) of the base model."""
+        return self._plain() if self.monitor is None else self._taken(0, self.monitor.first_look())
 
     def look(self, step: int) -> tuple[dict[str, float], Any]:
-        """Metrics and pictures of the current weights."""
-        return self._taken(step, self.monitor.look())
+        """Metrics and a grid of pictures (or None) of the current weights."""
+        return self._plain() if self.monitor is None else self._taken(step, self.monitor.look())
 
     def is_best(self, step: int) -> bool:
         """Whether a stop rule that is on would want the weights of this step back."""
@@ -44,6 +50,9 @@ class Watch:
     def best_steps(self) -> list[int]:
         """The step whose checkpoint the stop rule may ask for."""
         return [self.rule.best_step] if self.may_stop else []
+
+    def _plain(self) -> tuple[dict[str, float], Any]:
+        return {}, self.pictures() if self.pictures is not None else None
 
     def _taken(self, step: int, look: Any) -> tuple[dict[str, float], Any]:
         reason = self.rule.look(step, look.gold)

@@ -23,9 +23,9 @@ from diffalign.errors import DiffalignError
 from diffalign.evaluation.drift import Probe, make_probe, path_kl, predicted_noise, quadrature
 from diffalign.evaluation.pictures import Settings, generate_batch
 from diffalign.evaluation.prompts import EvalPrompt
+from diffalign.evaluation.scoring import score_pictures
 from diffalign.evaluation.side_effects import DIAGNOSTICS, distances, mean_pairwise
 from diffalign.rewards.base import Reward
-from diffalign.rewards.guard import ask
 
 PREFIX = "monitor/"
 DRIFT_TIMES = 4
@@ -167,12 +167,11 @@ class Monitor:
         return (torch.cat(parts).clamp(0, 1) * 255).round() / 255
 
     def _score(self, reward: Reward, images: Tensor) -> Tensor:
-        size = self.settings.batch_size
-        parts = [
-            ask(reward, images[start : start + size], [p.text for p in self.prompts[start : start + size]])
-            for start in range(0, len(self.prompts), size)
-        ]
-        scores = torch.cat([part.mean.detach().double().cpu() for part in parts])
+        texts = [prompt.text for prompt in self.prompts]
+        scored = score_pictures(
+            reward, images, texts, label=f"monitor, {reward.name}", batch_size=self.settings.batch_size
+        )
+        scores = torch.from_numpy(scored.mean)
         bad = int((~scores.isfinite()).sum())
         if bad:
             raise DiffalignError(
