@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.metric import Metric, Scores, measure
@@ -17,8 +15,8 @@ from diffalign.evaluation.pictures import (
     Pictures,
     Progress,
     Settings,
-    generate_batch,
     generate_pictures,
+    pictures_in_memory,
     silent,
 )
 from diffalign.evaluation.prompts import EvalPrompt, with_seeds
@@ -133,7 +131,7 @@ def compare_models(
             before = _pictures(tuned, rows, settings, base_folder, base_fingerprint, progress)
     else:
         before = _pictures(base, rows, settings, base_folder, base_fingerprint, progress)
-    after = _in_memory(tuned, rows, settings, "tuned pictures", progress)
+    after = pictures_in_memory(tuned, rows, settings, "tuned pictures", progress)
     return compare(before, after, rows, rewards, progress=progress), before, after
 
 
@@ -146,24 +144,11 @@ def _pictures(
     progress: Progress,
 ) -> Images:
     if folder is None:
-        return _in_memory(model, rows, settings, "base pictures", progress)
+        return pictures_in_memory(model, rows, settings, "base pictures", progress)
     found: Pictures = generate_pictures(
         model, rows, settings, folder, fingerprint=key, label="base pictures", progress=progress
     )
     return found
-
-
-def _in_memory(
-    model: Any, rows: Sequence[EvalPrompt], settings: Settings, label: str, progress: Progress
-) -> Tensor:
-    """Pictures as a tensor, rounded to the 256 levels that a file would hold."""
-    parts = []
-    for start in range(0, len(rows), settings.batch_size):
-        progress(label, start, len(rows))
-        images = generate_batch(model, rows[start : start + settings.batch_size], settings)
-        parts.append((images.clamp(0, 1) * 255).round().cpu() / 255)
-    progress(label, len(rows), len(rows))
-    return torch.cat(parts)
 
 
 def _refuse_sets(reward: Reward) -> None:

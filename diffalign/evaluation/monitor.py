@@ -21,7 +21,7 @@ from torch import Tensor
 
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.drift import Probe, make_probe, path_kl, predicted_noise, quadrature
-from diffalign.evaluation.pictures import Settings, generate_batch
+from diffalign.evaluation.pictures import Settings, pictures_in_memory, silent
 from diffalign.evaluation.prompts import EvalPrompt
 from diffalign.evaluation.scoring import score_pictures
 from diffalign.evaluation.side_effects import DIAGNOSTICS, distances, mean_pairwise
@@ -159,12 +159,7 @@ class Monitor:
         return Look(named, scores[self.gold].tolist(), images)
 
     def _images(self) -> Tensor:
-        size = self.settings.batch_size
-        parts = [
-            generate_batch(self.backbone, self.prompts[start : start + size], self.settings).float().cpu()
-            for start in range(0, len(self.prompts), size)
-        ]
-        return (torch.cat(parts).clamp(0, 1) * 255).round() / 255
+        return pictures_in_memory(self.backbone, self.prompts, self.settings, "monitor", silent)
 
     def _score(self, reward: Reward, images: Tensor) -> Tensor:
         texts = [prompt.text for prompt in self.prompts]

@@ -94,6 +94,19 @@ def generate_batch(model: Any, prompts: Sequence[EvalPrompt], settings: Settings
     )
 
 
+def pictures_in_memory(
+    model: Any, rows: Sequence[EvalPrompt], settings: Settings, label: str, progress: Progress
+) -> Tensor:
+    """Pictures as a tensor, rounded to the 256 levels that a file would hold."""
+    parts = []
+    for start in range(0, len(rows), settings.batch_size):
+        progress(label, start, len(rows))
+        images = generate_batch(model, rows[start : start + settings.batch_size], settings)
+        parts.append((images.clamp(0, 1) * 255).round().cpu() / 255)
+    progress(label, len(rows), len(rows))
+    return torch.cat(parts)
+
+
 def weights_fingerprint(module: nn.Module, exclude: Sequence[str] = ()) -> str:
     """Content key of a network's weights without the parameters named in `exclude`.
 
