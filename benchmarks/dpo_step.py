@@ -24,13 +24,12 @@ from rich.table import Table
 from benchmarks import timing
 from benchmarks.reference_style import ReferenceStyleStep
 from diffalign.backbones import open_backbone
-from diffalign.config import RunConfig, load_recipe, trainer_config
+from diffalign.config import RunConfig, load_recipe, trainer_class, trainer_config
 from diffalign.data.cache import build_cache
 from diffalign.data.sources import open_records
 from diffalign.engine.parallel import Parallel
 from diffalign.engine.run import Run
 from diffalign.metrics import log_every
-from diffalign.trainers.dpo import DPOTrainer
 
 RECIPE = "scenes/dpo"
 REFERENCE_STYLE = "reference-style, fp32"
@@ -63,12 +62,21 @@ class Mode:
     name: str
     precision: str
     reference: str | None
+    compiled: bool = False
 
 
-def modes(precisions: Sequence[str]) -> list[Mode]:
-    """The reference-style step, then ours in each precision, without and with stored reference errors."""
-    ours = [Mode(f"ours, {p}", p, "adapters_off") for p in precisions]
-    ours += [Mode(f"ours, {p}, cached reference", p, "cached") for p in precisions]
+def modes(precisions: Sequence[str], compiled: bool = False) -> list[Mode]:
+    """The reference-style step, then ours in each precision, without and with stored reference errors.
+
+    With `compiled` each of ours also with `model.compile`.
+    """
+    references = {"adapters_off": "", "cached": ", cached reference"}
+    ours = [
+        Mode(f"ours, {p}{words}{', compiled' if compile else ''}", p, reference, compile)
+        for compile in (False, *([True] if compiled else []))
+        for reference, words in references.items()
+        for p in precisions
+    ]
     return [Mode(REFERENCE_STYLE, "fp32", None), *ours]
 
 
@@ -79,6 +87,7 @@ def run_config(mode: Mode, settings: Settings) -> RunConfig:
         [
             f"model.path={settings.model}",
             f"model.precision={mode.precision}",
+            f"model.compile={str(mode.compiled).lower()}",
             f"model.lora.targets={settings.targets}",
             f"data.source={settings.data}",
             "data.held_out=null",
@@ -100,15 +109,20 @@ def open_step(mode: Mode, settings: Settings) -> Callable[[], Any]:
 
 
 def our_step(config: RunConfig, folder: Path) -> Callable[[], Any]:
-    """Our step as the engine takes it: fetch, loss, backward, checks, clipping, update, metrics as often as logged.
+    """Our step of any method on pairs as the engine takes it: fetch, loss, backward, checks, clipping, update, metrics.
 
     The engine fetches on another thread; here fetching waits its turn, so that all of it is timed.
     """
-    parallel = Parallel()
-    backbone = open_backbone(config.model, device=parallel.device, resolution=config.data.resolution)
+    parallel, kind, options = Parallel(), trainer_class(config), trainer_config(config)
+    backbone = open_backbone(
+        config.model,
+        device=parallel.device,
+        resolution=config.data.resolution,
+        frozen_copy=kind.needs_frozen_copy(options, config.model.tune),
+    )
     cache = build_cache(open_records(config.data), lambda: backbone, config.data, config.model, config.seed)
     backbone.release_encoders()
-    trainer = DPOTrainer(trainer_config(config), backbone, config.seed)
+    trainer = kind(options, backbone, config.seed)
     trainer.prepare(cache, folder)
     run = Run(config, parallel, backbone, trainer)
     batches = (trainer.fetch(draw) for draw in run.draws(len(cache)))
@@ -190,6 +204,9 @@ def main(
         str,
         typer.Option(help="Adapted layers: attention (as the public scripts), attention+conv, all-linear."),
     ] = "attention",
+    compiled: Annotated[
+        bool, typer.Option(help="Measure model.compile too; needs a C++ compiler, and minutes to compile.")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")] = "auto",
     memory: Annotated[bool, typer.Option(help="Measure peak memory too, in a process per mode.")] = True,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write all numbers here.")] = None,
@@ -201,7 +218,7 @@ def main(
         os.environ["ACCELERATE_USE_CPU"] = "true"
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(model, data, targets, pairs, device, folder)
-        result = measure(settings, modes(precision.split(",")), repeats, warmup, memory)
+        result = measure(settings, modes(precision.split(","), compiled), repeats, warmup, memory)
     show(result, Console())
     if json_path is not None:
         json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -38,7 +38,7 @@ class ReferenceStyleStep:
             ).to(device)
         for part in (self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.text_encoder_2):
             part.requires_grad_(False)
-        self.unet = add_lora(self.pipeline.unet, config)
+        self.unet = self.trainable(config)
         self.scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
         self.trained = [p for p in self.unet.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -55,6 +55,10 @@ class ReferenceStyleStep:
         )
         self.batches = self._batches()
 
+    def trainable(self, config: RunConfig) -> Any:
+        """The network, with what is trained of it."""
+        return add_lora(self.pipeline.unet, config)
+
     def __call__(self) -> float:
         """Take a step and return its loss."""
         loss = self.loss(next(self.batches))
@@ -66,27 +70,42 @@ class ReferenceStyleStep:
 
     def loss(self, batch: list[PreferenceRecord]) -> Tensor:
         """Mean loss of a batch of pairs: eq. 14 of Wallace et al. 2023 on means over latent elements."""
+        inputs, noise = self.noised(batch)
+        chosen, rejected = self.errors(inputs, noise).chunk(2)
+        self.unet.disable_adapters()
+        with torch.no_grad():
+            ref_chosen, ref_rejected = self.errors(inputs, noise).chunk(2)
+        self.unet.enable_adapters()
+        beta = self.config.trainer["beta"]
+        margin = -0.5 * beta * ((chosen - rejected) - (ref_chosen - ref_rejected))
+        return -F.logsigmoid(margin).mean()
+
+    def errors(self, inputs: dict[str, Any], noise: Tensor) -> Tensor:
+        """The network's squared errors `[2B]`, means over latent elements."""
+        return (self.unet(**inputs).sample - noise).square().mean((1, 2, 3))
+
+    def noised(self, batch: list[PreferenceRecord], shared: bool = True) -> tuple[dict[str, Any], Tensor]:
+        """What the network is given for chosen, then rejected pictures, and their noise `[2B, C, h, w]`.
+
+        Args:
+            shared: both pictures of a pair get the same noise and time.
+        """
         pixels, time_ids = self.pictures(batch)
         vae = self.pipeline.vae
         with torch.no_grad():
             latents = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
             states, pooled = self.text([record.prompt for record in batch])
-        noise = torch.randn_like(latents).chunk(2)[0].repeat(2, 1, 1, 1)
-        steps = self.scheduler.config.num_train_timesteps
-        t = torch.randint(0, steps, (len(batch),), device=self.device).repeat(2)
-        noisy = self.scheduler.add_noise(latents, noise, t)
-        added = {"time_ids": time_ids, "text_embeds": pooled.repeat(2, 1)}
-        states = states.repeat(2, 1, 1)
-        policy = self.unet(noisy, t, states, added_cond_kwargs=added).sample
-        chosen, rejected = (policy - noise).square().mean((1, 2, 3)).chunk(2)
-        self.unet.disable_adapters()
-        with torch.no_grad():
-            reference = self.unet(noisy, t, states, added_cond_kwargs=added).sample
-            ref_chosen, ref_rejected = (reference - noise).square().mean((1, 2, 3)).chunk(2)
-        self.unet.enable_adapters()
-        beta = self.config.trainer["beta"]
-        margin = -0.5 * beta * ((chosen - rejected) - (ref_chosen - ref_rejected))
-        return -F.logsigmoid(margin).mean()
+        noise = torch.randn_like(latents)
+        t = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(latents),), device=self.device)
+        if shared:
+            noise, t = noise.chunk(2)[0].repeat(2, 1, 1, 1), t.chunk(2)[0].repeat(2)
+        inputs = {
+            "sample": self.scheduler.add_noise(latents, noise, t),
+            "timestep": t,
+            "encoder_hidden_states": states.repeat(2, 1, 1),
+            "added_cond_kwargs": {"time_ids": time_ids, "text_embeds": pooled.repeat(2, 1)},
+        }
+        return inputs, noise
 
     def pictures(self, batch: list[PreferenceRecord]) -> tuple[Tensor, Tensor]:
         """Chosen pictures, then rejected ones, `[2B, 3, R, R]` in [-1, 1], and their time ids `[2B, 6]`."""

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from diffalign.cli_data import data
+from diffalign.cli_options import Guidance, Rows, Steps
 from diffalign.errors import DiffalignError
 
 app = typer.Typer(
@@ -20,16 +22,12 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 recipes = typer.Typer(no_args_is_help=True, help="The shipped recipes.")
-data = typer.Typer(no_args_is_help=True, help="Look at preference data.")
 app.add_typer(recipes, name="recipes")
 app.add_typer(data, name="data")
 
 Recipe = Annotated[str, typer.Argument(help="A shipped recipe such as scenes/dpo, or a YAML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes such as optim.lr=1e-4.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, such as runs/demo.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps.")]
-Guidance = Annotated[float | None, typer.Option(min=0, help="Classifier-free guidance scale.")]
-Rows = Annotated[int | None, typer.Option("--batch-size", min=1, help="Pictures made at once.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -113,21 +111,6 @@ def cache(recipe: Recipe, overrides: Overrides = None) -> None:
     from diffalign import commands
 
     commands.fill_caches(commands.recipe_with_overrides(recipe, overrides or [], None))
-
-
-@data.command("validate")
-def data_validate(
-    source: Annotated[str, typer.Argument(help="File, folder, hub id, or scenes:preferences.")],
-    split: Annotated[str, typer.Option(help="Split of the source.")] = "train",
-    held_out: Annotated[str | None, typer.Option(help="Held-out source, to look for shared prompts.")] = None,
-    held_out_split: Annotated[str, typer.Option(help="Split of the held-out source.")] = "validation",
-    limit: Annotated[int | None, typer.Option(min=1, help="Look at the first so many records.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> int:
-    """Count ties, broken or missing pictures, duplicates, contradictions and shared prompts."""
-    from diffalign.commands import validate_data
-
-    return validate_data(source, split, held_out, held_out_split, limit, json)
 
 
 @app.command()

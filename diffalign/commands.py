@@ -85,7 +85,7 @@ def fill_caches(config: RunConfig) -> None:
             if pairs is None:
                 continue
             reporter.say(
-                f"{label}: {len(pairs)} pairs in {pairs.folder}, {len(pairs.broken)} images left out"
+                f"{label}: {len(pairs)} {pairs.unit} in {pairs.folder}, {len(pairs.broken)} images left out"
             )
             for fault in pairs.broken[:20]:
                 place = f"record {fault['record']}, image {fault['image']} ({fault['source']})"
@@ -93,14 +93,21 @@ def fill_caches(config: RunConfig) -> None:
 
 
 def validate_data(
-    source: str, split: str, held_out: str | None, held_out_split: str, limit: int | None, as_json: bool
+    source: str,
+    split: str,
+    held_out: str | None,
+    held_out_split: str,
+    format: str,
+    pairs: str,
+    limit: int | None,
+    as_json: bool,
 ) -> int:
     """Print the report; exit code 2 when nothing is left to train on."""
     from diffalign.data.sources import open_source
     from diffalign.data.validate import validate
 
-    records = open_source(source, split, limit=limit)
-    other = open_source(held_out, held_out_split) if held_out else None
+    records = open_source(source, split, format, limit, pairs)
+    other = open_source(held_out, held_out_split, format, pairs=pairs) if held_out else None
     with Reporter(Console(stderr=True)) as reporter:
         report = validate(records, other, progress=reporter)
     if as_json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -19,12 +19,15 @@ class Conditioning:
         time_ids: SDXL micro-conditioning `[B, 6]` in float32:
             original height, original width, crop top, crop left, target height, target width.
         mask: text mask `[B, L]`.
+        guidance: guidance scale `[B]` in float32 that a guidance-distilled network is told (LCM, FLUX.1 dev); None is
+            `model.guidance_embedding`.
     """
 
     embeddings: Tensor
     pooled: Tensor | None = None
     time_ids: Tensor | None = None
     mask: Tensor | None = None
+    guidance: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -44,7 +47,7 @@ class Conditioning:
         if dtype is None:
             return moved
         pooled = None if moved.pooled is None else moved.pooled.to(dtype)
-        return Conditioning(moved.embeddings.to(dtype), pooled, moved.time_ids, moved.mask)
+        return replace(moved, embeddings=moved.embeddings.to(dtype), pooled=pooled)
 
     def select(self, rows: Sequence[int] | Tensor) -> Conditioning:
         """The given rows, in the given order."""

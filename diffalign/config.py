@@ -28,7 +28,9 @@ class LoRAConfig(StrictModel):
     alpha: float = Field(default=16.0, gt=0)
     """The update is scaled by alpha / rank; with alpha = rank, `lr` means the same for every rank."""
     targets: Literal["attention", "attention+conv", "all-linear"] | list[str] = "attention"
-    """Which layers get adapters: a preset, or a list of module-name endings."""
+    """Which layers get adapters: a preset, or a list of module-name endings. `attention`: queries, keys, values and
+    outputs, of the text too where pictures and text attend together; `attention+conv`: also feed-forward layers and
+    convolutions."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapters' input; above 0 the margin at step 0 is no longer exactly 0."""
     dora: bool = False
@@ -59,17 +61,47 @@ class ModelConfig(StrictModel):
     """Recompute activations in the backward pass: much less memory, about a third slower."""
     compile: bool = False
     """Compile the network: minutes at the start, then faster steps on GPUs."""
+    few_steps: int | None = Field(default=None, ge=1)
+    """Few-step models (SDXL-Turbo: 4): train only at the timesteps that the sampler visits with so many steps. null:
+    all of them; an LCM always trains at the timesteps it was distilled at."""
+    guidance_embedding: float | None = Field(default=None, gt=0)
+    """What a guidance-distilled network (LCM, FLUX.1 dev) is told in training; null: the family's usual value."""
+    quantize: Literal["none", "nf4"] = "none"
+    """nf4 (bitsandbytes, a GPU) holds the frozen base of `lora` in 4 bits: a quarter of its memory."""
+    text_encoder_3: bool = True
+    """SD3 and SD3.5: false leaves out T5 (9.5 GB in bf16); zeros stand for its states, which costs most in long prompts
+    and written text."""
     vae: str | None = None
     """Another VAE (hub id or folder), such as madebyollin/sdxl-vae-fp16-fix."""
+
+    @model_validator(mode="after")
+    def _quantized_needs_lora(self) -> ModelConfig:
+        if self.quantize != "none" and self.tune != "lora":
+            raise ValueError(
+                "quantize should be none unless tune is lora: weights in 4 bits cannot be trained"
+            )
+        return self
 
 
 class DataConfig(StrictModel):
     """Where the preference pairs come from and how pictures are prepared."""
 
     source: str
-    """File, folder of shards, hub id, or `scenes:preferences` (shipped with the package)."""
-    format: Literal["auto", "pickapic", "jsonl"] = "auto"
-    """How the source is read; auto looks at the columns."""
+    """File, folder, hub id, or `scenes:preferences` (shipped with the package): see docs/data_formats.md."""
+    format: Literal[
+        "auto", "pickapic", "chosen_rejected", "jsonl", "hpdv2", "hpdv3", "imagereward_db", "webdataset", "twin_folders",
+        "suffixes", "pictures",
+    ] = "auto"  # fmt: skip
+    """How the source is read; auto looks at files and columns, and asks where several formats fit."""
+    kind: Literal["auto", "pairs", "pictures", "groups"] = "auto"
+    """What the method learns from. auto: what it takes and the source holds, pairs first. Pairs can be taken apart:
+    `pictures` (the chosen one liked, the other not) and `groups` (of two) are made of them, too."""
+    pairs: Literal["all", "best_worst", "adjacent"] = "all"
+    """Which pairs a ranking of several pictures gives: every two, the best with the worst (fewest, clearest), or each
+    with the next best."""
+    votes: Literal["winner", "share", "confidence"] = "winner"
+    """Several votes on a pair (HPDv3, HPDv2's test): the winner takes all, its share of the votes is a soft label, or
+    the data set's confidence weights the pair."""
     split: str = "train"
     """Split of a hub data set, or the prefix of the shards in a folder."""
     held_out: str | None = None
@@ -94,8 +126,42 @@ class DataConfig(StrictModel):
     """Pairs per cache file; an interrupted caching run loses at most one file."""
     max_pixels: int = Field(default=100_000_000, ge=1)
     """Pictures with more pixels than this are refused unread (decompression bombs)."""
+    rejected_caption: Literal["own", "weak", "medium", "strong"] = "own"
+    """Caption of the picture that a pair's label rejects (DCPO). weak, medium, strong: with 40, 60 or 80 % of its
+    attribute words exchanged, so that it does not ask for what the picture lacks. Held-out pairs keep theirs."""
+    degraded: float = Field(default=0.0, ge=0)
+    """Self-supervised pairs to add, as a share of the others: a preferred picture against a degraded copy of itself.
+    0.1 to 0.3; more time to encode, and the model learns to avoid blur, noise, compression, tints and bent outlines."""
     labels: Literal["given", "swapped", "random"] = "given"
     """Controls for experiments: `swapped` must make the model worse, `random` must change little."""
+    flipped: float = Field(default=0.0, ge=0, le=0.5)
+    """Label noise for experiments: this share of the training labels is reversed, chosen by the seed."""
+
+
+class CurriculumConfig(StrictModel):
+    """Training from clear to close pairs, in stages."""
+
+    stages: int = Field(default=1, ge=1)
+    """Parts of the pairs, clear ones first; 1 draws all pairs all the time."""
+    steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps of a stage; the last stage goes on until `optim.steps`."""
+    gap: str = "label"
+    """What makes a pair clear. label: how sure its label is. A column of the data's `labels`: the gap by that aspect."""
+    keep: bool = False
+    """Later stages also draw the pairs of earlier ones."""
+    reference: Literal["base", "stage"] = "base"
+    """What the loss compares with. stage: the policy at the beginning of the stage (LoRA only), which lets it move
+    further; held-out numbers and drift stay against the base model."""
+
+    @model_validator(mode="after")
+    def _stages_need_steps(self) -> CurriculumConfig:
+        if self.stages > 1 and self.steps is None:
+            raise ValueError(
+                "curriculum.steps should be the optimiser steps of a stage when stages is above 1"
+            )
+        if self.stages == 1 and self.reference == "stage":
+            raise ValueError("curriculum.reference should be base when stages is 1: there is no later stage")
+        return self
 
 
 class OptimConfig(StrictModel):
@@ -209,6 +275,8 @@ class RunConfig(StrictModel):
     """The algorithm: `method` and that method's own options."""
     optim: OptimConfig
     """The optimiser."""
+    curriculum: CurriculumConfig = CurriculumConfig()
+    """The order in which pairs are drawn."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
     evaluation: EvaluationConfig = EvaluationConfig()

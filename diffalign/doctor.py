@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 GB = 1e9
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "safetensors")
-OPTIONAL = {"bitsandbytes": "optim.optimizer=adamw8bit", "xformers": "model.attention=xformers"}
+OPTIONAL = {
+    "bitsandbytes": "optim.optimizer=adamw8bit or model.quantize=nf4",
+    "xformers": "model.attention=xformers",
+}
 # Libraries, kernels and fragmentation take memory that no tensor accounts for.
 OVERHEAD = 1.0 * GB
 SLACK = 1.1

@@ -21,22 +21,49 @@ from diffalign.config import RunConfig, trainer_class, trainer_config
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from diffalign.backbones import Backbone
+
 GB = 1e9
 # Bytes of optimiser state per trained weight; Adafactor keeps a row and a column per matrix.
 OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2.0, "adafactor": 0.05}
 # What diffusers recomputes as one piece under gradient checkpointing.
-CHECKPOINTED = ("ResnetBlock2D", "BasicTransformerBlock")
-TOKENS = 77
+CHECKPOINTED = (
+    "ResnetBlock2D",
+    "BasicTransformerBlock",
+    "JointTransformerBlock",
+    "FluxTransformerBlock",
+    "FluxSingleTransformerBlock",
+    "ZImageTransformerBlock",
+)
+# Four bits per weight of a linear layer, and 0.13 for its scales (QLoRA, section 3).
+NF4_BYTES = 4.13 / 8
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much there is to train on.
+
+    Fields:
+        count: number of pairs, pictures or groups; None: unknown. unit: which of them. pictures: in one of them.
+    """
+
+    count: int | None
+    unit: str = "pairs"
+    pictures: int = 2
 
 
 @dataclass(frozen=True)
 class NetworkSize:
-    """Numbers of weights, and bytes and multiply-adds of a forward pass over one pair (two pictures)."""
+    """Numbers of weights, and bytes and multiply-adds of a forward pass over one pair (two pictures).
+
+    `quantized` is the number of weights that are held in four bits.
+    """
 
     total: int
     trained: int
     activations: int
     forward_flops: int
+    quantized: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,19 +74,20 @@ class Plan:
     dtype: torch.dtype
     frozen_copy: bool
     network: NetworkSize | None
-    pairs: int | None
+    data: Amount
     world: int = 1
 
     @property
     def pairs_per_step(self) -> int:
-        """Pairs of an optimiser step over all processes."""
+        """Pairs (pictures, groups) of an optimiser step over all processes."""
         optim = self.config.optim
         return optim.batch_size * optim.accumulation * self.world
 
     @property
     def epochs(self) -> float | None:
         """Passes over the data."""
-        return self.pairs and self.config.optim.steps * self.pairs_per_step / self.pairs
+        count = self.data.count
+        return count and self.config.optim.steps * self.pairs_per_step / count
 
     def memory(self) -> dict[str, float]:
         """Bytes per process by use, without the libraries' own (about 1 GB on a GPU); empty when unknown."""
@@ -69,16 +97,20 @@ class Plan:
         full = config.model.tune == "full"
         width = self.dtype.itemsize
         uses = {
-            "network": size.total * 4.0 if full else (size.total - size.trained) * width + size.trained * 4.0,
+            "network": size.total * 4.0 if full else self._frozen_bytes(size) + size.trained * 4.0,
             "frozen copy": size.total * width if self.frozen_copy else 0.0,
             "gradients": size.trained * 4.0,
             "optimiser": size.trained * OPTIMIZER_BYTES[config.optim.optimizer],
             "averaged weights": size.trained * 4.0 if config.optim.ema else 0.0,
             # Autocast keeps a low-precision copy of float32 weights during a forward.
             "cast weights": size.total * width if full and width < 4 else 0.0,
-            "activations": float(size.activations * config.optim.batch_size),
+            "activations": float(size.activations * config.optim.batch_size * self.data.pictures / 2),
         }
         return {name: value for name, value in uses.items() if value}
+
+    def _frozen_bytes(self, size: NetworkSize) -> float:
+        plain = size.total - size.trained - size.quantized
+        return plain * self.dtype.itemsize + size.quantized * NF4_BYTES
 
     def flops(self) -> float | None:
         """Floating-point operations of the whole run over all processes."""
@@ -91,7 +123,7 @@ class Plan:
         passes += asks and options.get("reference") != "cached"
         passes += self.config.model.gradient_checkpointing
         pairs = self.config.optim.steps * self.pairs_per_step
-        return float(self.network.forward_flops) * passes * pairs
+        return float(self.network.forward_flops) * passes * pairs * self.data.pictures / 2
 
     def disk(self) -> float | None:
         """Bytes of the checkpoints that are kept, and of the one being written."""
@@ -115,12 +147,15 @@ class Plan:
         yield "trained weights", f"{size.trained:,} of {size.total:,}" if size else unknown
         yield "precision", str(self.dtype).removeprefix("torch.")
         yield (
-            "pairs per step",
+            f"{self.data.unit} per step",
             f"{self.pairs_per_step} ({optim.batch_size} x {optim.accumulation} micro-steps "
             f"x {self.world} processes)",
         )
-        yield "steps", f"{optim.steps:,}: {optim.steps * self.pairs_per_step:,} pairs"
-        yield "epochs", f"{self.epochs:.2f} of {self.pairs:,} pairs" if self.pairs else unknown
+        yield "steps", f"{optim.steps:,}: {optim.steps * self.pairs_per_step:,} {self.data.unit}"
+        yield (
+            "epochs",
+            f"{self.epochs:.2f} of {self.data.count:,} {self.data.unit}" if self.epochs else unknown,
+        )
         uses = self.memory()
         yield "memory (estimate)", f"{sum(uses.values()) / GB:.2f} GB per process" if uses else unknown
         for name, value in uses.items():
@@ -146,14 +181,15 @@ def plan_run(config: RunConfig) -> Plan:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = choose_precision(config.model.precision, device)
     kind, options = trainer_class(config), trainer_config(config)
-    if kind.data == "judgements":
+    data = _amount(config)
+    if "judgements" in kind.data_kinds:
         from diffalign.plan_scorer import scorer_size
 
         frozen, size = False, scorer_size(config)
     else:
         frozen = kind.needs_frozen_copy(options, config.model.tune)
         size = network_size(config, dtype)
-    return Plan(config, dtype, frozen, size, _pairs(config), int(os.environ.get("WORLD_SIZE", "1")))
+    return Plan(config, dtype, frozen, size, data, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def network_size(config: RunConfig, dtype: torch.dtype) -> NetworkSize | None:
@@ -164,69 +200,93 @@ def network_size(config: RunConfig, dtype: torch.dtype) -> NetworkSize | None:
     """
     from diffalign.backbones.loading import quiet
 
-    network = _meta_network(config)
-    if network is None:
+    family = _family(config)
+    network = None if family is None else _meta_network(config)
+    if family is None or network is None:
         return None
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     total = sum(p.numel() for p in network.parameters())
     with quiet():
         network.to(dtype)
+    side = config.data.resolution // _latent_factor(config)
+    inputs = family.meta_inputs(network.config, side, dtype)
     with counting(network) as kept, FlopCounterMode(display=False) as counter:
-        network(**_meta_inputs(network, config, dtype))
+        network(**inputs)
     activations = kept.peak() if config.model.gradient_checkpointing else kept.total()
-    return NetworkSize(total, trained, activations, counter.get_total_flops() + kept.attention_flops)
+    flops = counter.get_total_flops() + kept.attention_flops
+    return NetworkSize(total, trained, activations, flops, _quantized(network, config))
 
 
-def _pairs(config: RunConfig) -> int | None:
-    """Number of usable labels in local data; None for data on the hub."""
+def _quantized(network: nn.Module, config: RunConfig) -> int:
+    """Number of frozen weights of linear layers, if they are to be held in four bits."""
+    if config.model.quantize == "none":
+        return 0
+    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    return sum(module.weight.numel() for module in linear if not module.weight.requires_grad)
+
+
+def _amount(config: RunConfig) -> Amount:
+    """What there is to train on in local data; the number is unknown for data on the hub.
+
+    Raises:
+        DiffalignError: the method does not learn from such data.
+    """
     from diffalign.data.pairs import choose_pairs
+    from diffalign.data.picture_labels import make_groups
     from diffalign.data.sources import open_records
+    from diffalign.engine.fit import DRAWN, check_fit
 
-    source = config.data.source
+    source, data = config.data.source, config.data
     if not source.startswith("scenes:") and source.count("/") == 1 and not Path(source).expanduser().exists():
-        return None
-    return len(choose_pairs(open_records(config.data), config.data.labels, config.data.ties, config.seed))
+        return Amount(None)
+    fit = check_fit(config)
+    if fit.kind in DRAWN:
+        return Amount(None)
+    if fit.kind == "pictures":
+        return Amount(len(fit.pictures(config)), "pictures", 1)
+    if fit.kind == "groups":
+        groups = make_groups(fit.pictures(config), trainer_config(config).group_size, source)
+        return Amount(len(groups), "groups", groups.size)
+    return Amount(len(choose_pairs(open_records(data), data.labels, data.ties, config.seed, data.flipped)))
 
 
-def _meta_network(config: RunConfig) -> Any:
-    from diffusers import UNet2DConditionModel
+def _family(config: RunConfig) -> type[Backbone] | None:
+    """The adapter of the model; None when its index is not on this machine."""
+    from diffusers import DiffusionPipeline
 
-    from diffalign.backbones.loading import quiet, resolve_model
-    from diffalign.backbones.lora import add_lora
+    from diffalign.backbones import model_family, resolve_model
+    from diffalign.backbones.loading import quiet
 
     path = resolve_model(config.model.path)
     try:
         with quiet():
-            values = UNet2DConditionModel.load_config(
-                path, subfolder="unet", revision=config.model.revision, local_files_only=True
+            index = DiffusionPipeline.load_config(path, revision=config.model.revision, local_files_only=True)
+    except OSError:
+        return None
+    return model_family(str(index.get("_class_name")), config.model.path)
+
+
+def _meta_network(config: RunConfig) -> Any:
+    """The network as it will be tuned, without data; None when its configuration is not on this machine."""
+    from diffalign.backbones.loading import quiet, resolve_model
+    from diffalign.backbones.lora import add_lora
+
+    family = _family(config)
+    if family is None:
+        return None
+    path = resolve_model(config.model.path)
+    try:
+        with quiet():
+            values = family.network_class.load_config(
+                path, subfolder=family.network_name, revision=config.model.revision, local_files_only=True
             )
     except OSError:
         return None
     with torch.device("meta"):
-        network = UNet2DConditionModel.from_config(values)
+        network = family.network_class.from_config(values)
         if config.model.tune == "lora":
             add_lora(network, config.model.lora, config.seed, autocast=False)
     return network.train()
-
-
-def _meta_inputs(network: Any, config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """Inputs of one pair: two pictures."""
-    facts = network.config
-    factor = _latent_factor(config)
-    side = config.data.resolution // factor
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(*shape, device="meta", dtype=dtype)
-
-    inputs: dict[str, Any] = {
-        "sample": empty(2, facts.in_channels, side, side),
-        "timestep": torch.empty(2, device="meta"),
-        "encoder_hidden_states": empty(2, TOKENS, facts.cross_attention_dim),
-    }
-    if facts.addition_embed_type == "text_time":
-        pooled = facts.projection_class_embeddings_input_dim - 6 * facts.addition_time_embed_dim
-        inputs["added_cond_kwargs"] = {"text_embeds": empty(2, pooled), "time_ids": empty(2, 6)}
-    return inputs
 
 
 def _latent_factor(config: RunConfig) -> int:
@@ -271,11 +331,13 @@ class _Kept:
                 self._blocks[self._block] += tensor.untyped_storage().nbytes()
         return tensor
 
-    def enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def enter(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         """A block that gradient checkpointing recomputes begins."""
         self._blocks.append(0)
         self._block = len(self._blocks) - 1
-        self._inputs += inputs[0].nbytes if inputs else 0
+        # Blocks of transformers are called by name, and change pictures and text; others change the first argument.
+        streams = inputs[:1] or (named.get("hidden_states"), named.get("encoder_hidden_states"))
+        self._inputs += sum(stream.nbytes for stream in streams if stream is not None)
 
     def leave(self, *_: Any) -> None:
         """It ends."""
@@ -314,7 +376,7 @@ def counting(network: nn.Module) -> Iterator[_Kept]:
     for module in network.modules():
         if type(module).__name__ in CHECKPOINTED:
             handles += [
-                module.register_forward_pre_hook(kept.enter),
+                module.register_forward_pre_hook(kept.enter, with_kwargs=True),
                 module.register_forward_hook(kept.leave),
             ]
     fused = torch.nn.functional.scaled_dot_product_attention

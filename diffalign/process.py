@@ -30,11 +30,13 @@ class Process:
             or `flow` (eps - x0).
         alphas_cumprod: `[T]` float64 table of alpha^2 of a discrete process; None for rectified flow.
         time_scale: factor from a flow time in [0, 1] to what the network is given (1000 for SD3).
+        grid: `[G]` the only times that a few-step model is trained and sampled at, ascending; None: all.
     """
 
     prediction: Prediction
     alphas_cumprod: Tensor | None = None
     time_scale: float = 1000.0
+    grid: Tensor | None = None
 
     @classmethod
     def from_scheduler(cls, config: dict[str, Any]) -> Process:
@@ -48,7 +50,7 @@ class Process:
         prediction = config.get("prediction_type", "epsilon")
         if prediction not in ("epsilon", "sample", "v_prediction"):
             raise ValueError(f"prediction_type is {prediction!r}; expected epsilon, sample or v_prediction")
-        return cls(prediction, _alphas_cumprod(config))
+        return cls(prediction, _alphas_cumprod(config), grid=_distillation_grid(config))
 
     @property
     def is_flow(self) -> bool:
@@ -124,7 +126,7 @@ class Process:
         """Map uniform draws in [0, 1) `[B]` to training times `[B]`.
 
         Discrete processes return integers 0..T-1. `logit_normal` (Esser et al. 2024, eq. 19, location 0,
-        scale 1) is meant for flows; on a discrete process it is quantised.
+        scale 1) is meant for flows; on a discrete process it is quantised. With a `grid`, its times are drawn.
 
         Raises:
             ValueError: unknown weighting.
@@ -134,6 +136,9 @@ class Process:
             uniform = torch.sigmoid(torch.special.ndtri(clipped)).float()
         elif weighting != "uniform":
             raise ValueError(f"time weighting is {weighting!r}; expected uniform or logit_normal")
+        if self.grid is not None:
+            index = (uniform * len(self.grid)).long().clamp(0, len(self.grid) - 1)
+            return self.grid.to(uniform.device)[index]
         if self.is_flow:
             return uniform
         last = self.num_timesteps - 1
@@ -142,6 +147,15 @@ class Process:
     def _levels(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = self.alpha_sigma(t)
         return expand_as(alpha, like), expand_as(sigma, like)
+
+
+def _distillation_grid(config: dict[str, Any]) -> Tensor | None:
+    """The timesteps that a latent consistency model was distilled at (Luo et al. 2023), `[G]`."""
+    if "LCM" not in str(config.get("_class_name", "")):
+        return None
+    steps = int(config.get("num_train_timesteps", 1000))
+    count = int(config.get("original_inference_steps", 50))
+    return torch.arange(1, count + 1) * (steps // count) - 1
 
 
 def _alphas_cumprod(config: dict[str, Any]) -> Tensor:

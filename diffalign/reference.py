@@ -26,6 +26,8 @@ from diffalign.randomness import Draw, derive_seed
 BATCH = 32
 WAIT_SECONDS = 24 * 3600.0
 POLL_SECONDS = 0.5
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers of as many bytes as a number format, to read its bit patterns."""
 
 Noised = Callable[[Draw], NoisedPairs]
 """Fetches the pairs of a draw and noises them."""
@@ -122,11 +124,12 @@ def reference_key(backbone: Backbone, pairs: FixedDraws, noising: Sequence[objec
     Not of the number of draws: each draw is stored by itself.
     """
     process, cache = backbone.process, pairs.cache
-    table = b"" if process.alphas_cumprod is None else process.alphas_cumprod.numpy().tobytes()
+    tables = [b"" if t is None else t.numpy().tobytes() for t in (process.alphas_cumprod, process.grid)]
     network = (str(backbone.dtype), process.prediction, process.time_scale, frozen_fingerprint(backbone))
-    facts = (cache.key, cache.mode, pairs.seed, *network, *noising)
+    told = backbone.config.guidance_embedding
+    facts = (cache.key, cache.mode, pairs.seed, told, *network, *noising)
     digest = hashlib.blake2b(repr(facts).encode(), digest_size=16)
-    for part in (cache.pairs.records.tobytes(), cache.pairs.chosen.tobytes(), table):
+    for part in (cache.pairs.records.tobytes(), cache.pairs.chosen.tobytes(), *tables):
         digest.update(hashlib.blake2b(part).digest())
     return digest.hexdigest()
 
@@ -138,15 +141,12 @@ def frozen_fingerprint(backbone: Backbone) -> str:
     on different devices agree, and cost one pass without copying the network off its device.
     """
     full = backbone.config.tune == "full"
+    trained = {name for name, value in backbone.core.named_parameters() if value.requires_grad}
     digest = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(backbone.core.named_parameters()):
-        if full or not value.requires_grad:
-            bits = (
-                value.detach()
-                .reshape(-1)
-                .view(torch.int16 if value.element_size() == 2 else torch.int32)
-                .long()
-            )
+    # The state, unlike the parameters, holds the scales of weights in four bits.
+    for name, value in sorted(backbone.core.state_dict().items()):
+        if full or name not in trained:
+            bits = value.detach().reshape(-1).view(BITS[value.element_size()]).long()
             total = (bits * torch.arange(1, len(bits) + 1, device=bits.device)).sum().item()
             digest.update(f"{name}{tuple(value.shape)}{value.dtype}{total}".encode())
     return digest.hexdigest()

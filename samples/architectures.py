@@ -6,7 +6,13 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -76,6 +82,29 @@ def scheduler() -> EulerDiscreteScheduler:
         timestep_spacing="leading",
         steps_offset=1,
     )
+
+
+def tiny_transformer() -> SD3Transformer2DModel:
+    """An SD3-class transformer on 8 x 8 patches of 2 x 2 latents, with normalised queries and keys as in SD3.5."""
+    return SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=5,
+        attention_head_dim=32,
+        num_attention_heads=6,
+        joint_attention_dim=2 * TEXT_WIDTH,
+        caption_projection_dim=6 * 32,
+        pooled_projection_dim=2 * TEXT_WIDTH,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+    )
+
+
+def flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """SD3's sampler without a shift, which only large pictures need."""
+    return FlowMatchEulerDiscreteScheduler(shift=1.0)
 
 
 def train_tokenizer(captions: Iterable[str], folder: Path) -> CLIPTokenizer:

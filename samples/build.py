@@ -1,14 +1,14 @@
 """Rebuild the embedded world from a seed: `python -m diffalign.samples.build [STAGE ...]`.
 
-Stages: vae, unet, preferences, held-out, clip, scorers. Each writes into the package folder (or `--out`) and can be
-run alone once the earlier ones exist. Times and accuracies of the shipped build stand in README.md beside this file.
+Stages: vae, unet, preferences, held-out, clip, scorers, lcm, sd3. Each writes into the package folder (or `--out`)
+and can be run alone once the earlier ones exist. Times and accuracies of the shipped build stand in README.md beside
+this file.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import json
 import time
 from pathlib import Path
@@ -23,41 +23,21 @@ from torch import Tensor
 from diffalign.process import Process
 from diffalign.randomness import derive_seed
 from diffalign.samples import FOLDER, architectures, scenes
+from diffalign.samples.training import (
+    autocast,
+    encode_all,
+    learning_rate,
+    pictures,
+    report,
+    save_folder,
+    size_ids,
+    text_conditioning,
+    to_tensor,
+    tokenized,
+)
 
 DROP_CAPTION = 0.1
-STAGES = ("vae", "unet", "preferences", "held-out", "clip", "scorers")
-
-
-def pictures(seed: int, count: int) -> tuple[np.ndarray, list[str]]:
-    """`count` training pictures `[N, 64, 64, 3]` uint8 with their captions."""
-    rng = np.random.default_rng(derive_seed("backgrounds", seed))
-    drawn = itertools.islice(scenes.training_scenes(seed), count)
-    rows = [(scenes.draw(placed, scenes.random_background(rng)), scenes.caption(s)) for s, placed in drawn]
-    return np.stack([row[0] for row in rows]), [row[1] for row in rows]
-
-
-def to_tensor(images: np.ndarray) -> Tensor:
-    """uint8 `[N, H, W, 3]` to float `[N, 3, H, W]` in [-1, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
-    """Linear warm-up, then cosine decay to a twentieth of the peak."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return peak * (0.05 + 0.95 * 0.5 * (1 + np.cos(np.pi * progress)))
-
-
-def report(name: str, step: int, steps: int, loss: float, started: float) -> None:
-    """One progress line."""
-    left = (time.time() - started) / (step + 1) * (steps - step - 1)
-    print(f"{name} {step + 1}/{steps} loss {loss:.4f}, {left / 60:.1f} min left", flush=True)
-
-
-def autocast(device: str) -> torch.autocast:
-    """bf16 on any device: half the time on CPUs and GPUs that have it."""
-    return torch.autocast(device, torch.bfloat16)
+STAGES = ("vae", "unet", "preferences", "held-out", "clip", "scorers", "lcm", "sd3")
 
 
 def train_vae(out: Path, seed: int, steps: int, batch: int, device: str) -> None:
@@ -88,22 +68,6 @@ def train_vae(out: Path, seed: int, steps: int, batch: int, device: str) -> None
     vae.to(torch.float16).save_pretrained(out / "tiny-sdxl" / "vae")
 
 
-@torch.no_grad()
-def encode_all(vae: AutoencoderKL, images: np.ndarray, device: str) -> Tensor:
-    """Scaled posterior means `[N, 4, 16, 16]`."""
-    parts = []
-    for chunk in to_tensor(images).split(256):
-        with autocast(device):
-            parts.append(vae.encode(chunk.to(device)).latent_dist.mode().float().cpu())
-    return torch.cat(parts) * vae.config.scaling_factor
-
-
-def text_conditioning(encoders: list[torch.nn.Module], tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """SDXL text states `[B, L, D1 + D2]` and pooled embedding `[B, P]` of token ids `[B, L]`."""
-    outputs = [encoder(tokens, output_hidden_states=True) for encoder in encoders]
-    return torch.cat([o.hidden_states[-2] for o in outputs], -1), outputs[1][0]
-
-
 def train_unet(out: Path, seed: int, steps: int, batch: int, device: str) -> None:
     """Fit UNet and both text encoders together on noisy latents (eps prediction, min-SNR weight 5), keep the EMA."""
     torch.manual_seed(derive_seed("unet", seed))
@@ -112,9 +76,7 @@ def train_unet(out: Path, seed: int, steps: int, batch: int, device: str) -> Non
     latents = encode_all(vae, images, device)
     del images
     tokenizer = architectures.train_tokenizer(captions, out / "tiny-sdxl" / "tokenizer")
-    tokens = tokenizer(
-        captions, padding="max_length", max_length=architectures.MAX_TOKENS, return_tensors="pt"
-    ).input_ids
+    tokens = tokenized(tokenizer, captions)
     net = torch.nn.ModuleList(
         [architectures.tiny_unet(), *architectures.tiny_text_encoders(len(tokenizer))]
     ).to(device)
@@ -147,10 +109,9 @@ def denoising_loss(net: torch.nn.ModuleList, process: Process, x0: Tensor, token
     noise = torch.randn_like(x0)
     t = process.times((torch.randperm(len(x0)) + torch.rand(len(x0))) / len(x0)).to(x0.device)
     keep = (torch.rand(len(x0), device=x0.device) >= DROP_CAPTION).float()
-    size = torch.tensor([64.0, 64, 0, 0, 64, 64], device=x0.device).expand(len(x0), 6)
     with autocast(x0.device.type):
         states, pooled = text_conditioning(encoders, tokens)
-        added = {"text_embeds": pooled * keep[:, None], "time_ids": size}
+        added = {"text_embeds": pooled * keep[:, None], "time_ids": size_ids(len(x0), x0.device)}
         pred = unet(
             process.noise(x0, noise, t), t, states * keep[:, None, None], added_cond_kwargs=added
         ).sample
@@ -171,11 +132,7 @@ def save_pipeline(folder: Path, vae: AutoencoderKL, tokenizer, net: torch.nn.Mod
         tokenizer=tokenizer, tokenizer_2=tokenizer, unet=unet.half(),
         scheduler=architectures.scheduler(), add_watermarker=False,
     )  # fmt: skip
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    for path in folder.glob("*/config.json"):
-        facts = json.loads(path.read_text())
-        facts.pop("_name_or_path", None)
-        path.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
+    save_folder(pipeline, folder)
 
 
 def write_held_out(out: Path) -> None:
@@ -196,6 +153,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vae-steps", type=int, default=900)
     parser.add_argument("--unet-steps", type=int, default=3400)
     parser.add_argument("--clip-steps", type=int, default=500)
+    parser.add_argument("--lcm-steps", type=int, default=1500)
+    parser.add_argument("--sd3-steps", type=int, default=3600)
     args = parser.parse_args(argv)
     if unknown := set(args.stages) - set(STAGES):
         parser.error(f"unknown stage {sorted(unknown)}; choose from {', '.join(STAGES)}")
@@ -216,6 +175,14 @@ def main(argv: list[str] | None = None) -> None:
             from diffalign.samples.train_scorers import train_scorers
 
             train_scorers(args.out, args.seed, args.device)
+        elif stage == "lcm":
+            from diffalign.samples.consistency import train_lcm
+
+            train_lcm(args.out, args.seed, args.lcm_steps, 48, args.device)
+        elif stage == "sd3":
+            from diffalign.samples.flow import train_sd3
+
+            train_sd3(args.out, args.seed, args.sd3_steps, 64, args.device)
         else:
             write_held_out(args.out)
 

@@ -32,9 +32,9 @@ from diffalign.rewards.heads import PreferenceSpec, build_head, spec_to_dict
 from diffalign.rewards.preprocess import normalize
 from diffalign.rewards.scenes_scorers import AESTHETIC, PREFERENCE
 from diffalign.samples.architectures import MAX_TOKENS
-from diffalign.samples.build import autocast, learning_rate, pictures, report
 from diffalign.samples.degrade import degrade
 from diffalign.samples.judge import MIN_CONTRAST, find_objects
+from diffalign.samples.training import autocast, learning_rate, pictures, report
 from diffalign.trainers.reward_model import member_weights
 
 EMBEDDING = 128

@@ -59,7 +59,7 @@ class LinearTrainer:
     """Least squares with dropout and noise that belongs to (step, record)."""
 
     Config = LinearConfig
-    data = "pairs"
+    data_kinds = ("pairs",)
     tunes = ("lora", "full")
 
     def __init__(self, config: LinearConfig, backbone: LinearBackbone):

@@ -298,7 +298,15 @@ SURFACE = {
     "recipes copy": "name target",
     "train": "--dry-run --name --resume overrides recipe",
     "cache": "overrides recipe",
-    "data validate": "--held-out --held-out-split --json --limit --split source",
+    "data validate": "--format --held-out --held-out-split --json --limit --pairs --split source",
+    "data relabel": (
+        "--batch-size --decide-ties --dry-run --format --hard --label-noise --limit --max-uncertainty --mode --on-error "
+        "--out --pairs --probability --rewards --split --temperature --threshold --trust --weights source"
+    ),
+    "data from-samples": (
+        "--batch-size --chosen-ranks --format --guidance --min-margin --num --on-error --out --per-prompt --prompts "
+        "--rejected-ranks --resolution --rewards --rule --seed --steps --temperature model"
+    ),
     "generate": ("--batch-size --guidance --num --out --prompt --prompts --resolution --seed --steps model"),
     "evaluate": (
         "--against --batch-size --checkpoint --drift-pictures --encoder --guidance --num --prompts --rewards --seed "

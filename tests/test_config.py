@@ -156,11 +156,15 @@ def test_every_field_says_what_it_does():
 FROZEN = """
 name output_dir seed model model.path model.revision model.variant model.tune model.lora model.lora.rank
 model.lora.alpha model.lora.targets model.lora.dropout model.lora.dora model.precision model.attention
-model.gradient_checkpointing model.compile model.vae data data.source data.format data.split data.held_out
+model.gradient_checkpointing model.compile
+model.few_steps model.guidance_embedding model.quantize model.text_encoder_3 model.vae
+data data.source data.format data.kind data.pairs data.votes data.split data.held_out
 data.held_out_split data.resolution data.crop data.flip data.ties data.limit data.cache_dir data.latents
-data.shard_size data.max_pixels data.labels trainer optim optim.optimizer optim.lr optim.weight_decay
+data.shard_size data.max_pixels data.rejected_caption data.degraded data.labels data.flipped
+trainer optim optim.optimizer optim.lr optim.weight_decay
 optim.betas optim.eps optim.schedule optim.warmup optim.steps optim.batch_size optim.accumulation optim.clip
-optim.ema optim.max_nonfinite checkpoint checkpoint.every checkpoint.keep_last checkpoint.keep_best
+optim.ema optim.max_nonfinite curriculum curriculum.stages curriculum.steps curriculum.gap curriculum.keep
+curriculum.reference checkpoint checkpoint.every checkpoint.keep_last checkpoint.keep_best
 checkpoint.final evaluation evaluation.every evaluation.prompts evaluation.num_prompts evaluation.steps
 evaluation.guidance evaluation.batch_size evaluation.rewards evaluation.seed evaluation.best_metric
 evaluation.monitor evaluation.monitor.num_prompts evaluation.monitor.gold evaluation.monitor.stop

@@ -7,7 +7,12 @@ import re
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.loaders.lora_conversion_utils import (
     _convert_non_diffusers_lora_to_diffusers,
     _maybe_map_sgm_blocks_to_diffusers,
@@ -22,10 +27,14 @@ from diffalign.backbones import open_backbone
 from diffalign.config import LoRAConfig, RunConfig, save_config
 from diffalign.errors import DiffalignError
 from diffalign.export import export_run, save_lora, save_pipeline
-from diffalign.export.lora_files import kohya_state
+from diffalign.export.lora_files import kohya_state, single_file_state
 from diffalign.sampling.generate import generate_images
 
-FAMILIES = {"sdxl": StableDiffusionXLPipeline, "sd": StableDiffusionPipeline}
+FAMILIES = {
+    "sdxl": StableDiffusionXLPipeline,
+    "sd": StableDiffusionPipeline,
+    "sd3": StableDiffusion3Pipeline,
+}
 ONE_LEVEL = 1 / 255
 
 
@@ -64,12 +73,13 @@ def assert_same_pictures(pipeline, backbone):
 
 
 def lora_layers(pipeline):
-    return {n: m for n, m in pipeline.unet.named_modules() if isinstance(m, LoraLayer)}
+    network = pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
+    return {n: m for n, m in network.named_modules() if isinstance(m, LoraLayer)}
 
 
 @pytest.mark.parametrize("targets", ["attention", "attention+conv", "all-linear"])
 @pytest.mark.parametrize("format", ["diffusers", "kohya"])
-@pytest.mark.parametrize("family", ["sdxl", "sd"])
+@pytest.mark.parametrize("family", ["sdxl", "sd", "sd3"])
 def test_lora_files_load_with_every_key_and_their_alpha(request, tmp_path, family, format, targets, caplog):
     model = request.getfixturevalue(f"tiny_{family}")
     run, backbone = finished_run(tmp_path / "run", model, targets=targets)
@@ -83,7 +93,9 @@ def test_lora_files_load_with_every_key_and_their_alpha(request, tmp_path, famil
         pipeline.load_lora_weights(tmp_path / "out", weight_name=file.name)
     layers = lora_layers(pipeline)
     assert len(layers) == len(backbone._lora_layers)
-    assert {layer.scaling["default_0"] for layer in layers.values()} == {10 / 4}
+    # ComfyUI and diffusers read no alpha from a file with names of a transformer: it is in the weights.
+    scaling = 1.0 if (family, format) == ("sd3", "kohya") else 10 / 4
+    assert {layer.scaling["default_0"] for layer in layers.values()} == {scaling}
     assert "unexpected keys" not in caplog.text
     assert "missing keys" not in caplog.text
     assert_same_pictures(pipeline, backbone)
@@ -244,3 +256,85 @@ def test_an_unfinished_run_and_an_unknown_format_are_one_clear_error(tiny_sd, tm
     (run / "final" / "trainable.safetensors").unlink()
     with pytest.raises(DiffalignError, match="the run is not finished"):
         export_run(run, "kohya", tmp_path / "out")
+
+
+def comfy_sd3_layers(blocks):
+    """Layers that ComfyUI's table of diffusers names knows for an SD3 network (comfy/utils.py, mmdit_to_diffusers)."""
+    attention = [f"attn.{n}" for n in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")]
+    attention += ["attn.to_out.0", "attn.to_add_out"]
+    attention += [f"attn2.{n}" for n in ("to_q", "to_k", "to_v", "to_out.0")]
+    others = [f"{n}.net.{end}" for n in ("ff", "ff_context") for end in ("0.proj", "2")]
+    others += ["norm1.linear", "norm1_context.linear"]
+    outside = [f"time_text_embed.{n}_embedder.linear_{i}" for n in ("timestep", "text") for i in (1, 2)]
+    outside += ["context_embedder", "pos_embed.proj", "norm_out.linear", "proj_out"]
+    return {f"transformer_blocks.{i}.{n}" for i in range(blocks) for n in attention + others} | {*outside}
+
+
+def test_comfyui_finds_a_layer_and_the_same_update_for_every_sd3_adapter(tiny_sd3, tmp_path):
+    run, backbone = finished_run(tmp_path / "run", tiny_sd3, targets="all-linear")
+    tensors = load_file(export_run(run, "kohya", tmp_path / "out")[0])
+    state = backbone.trainable_state()
+    assert len(tensors) == len(state)
+    layers = {name.removeprefix("transformer.").rpartition(".lora_")[0] for name in tensors}
+    assert layers <= comfy_sd3_layers(2)
+    # ComfyUI: lora_B @ lora_A, times alpha / rank only where the file has an entry .alpha.
+    layer = "transformer_blocks.0.attn.add_k_proj"
+    update = tensors[f"transformer.{layer}.lora_B.weight"] @ tensors[f"transformer.{layer}.lora_A.weight"]
+    trained = state[f"{layer}.lora_B.weight"] @ state[f"{layer}.lora_A.weight"]
+    assert trained.abs().max() > 0.01
+    torch.testing.assert_close(update, trained * 10 / 4)
+
+
+def test_sd3_header_names_the_architecture_and_no_prediction_type(tiny_sd3, tmp_path):
+    run, _ = finished_run(tmp_path / "run", tiny_sd3)
+    file, card = export_run(run, "kohya", tmp_path / "out")
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    assert header["modelspec.architecture"] == "stable-diffusion-v3.5-medium/lora"  # has dual attention
+    assert "modelspec.prediction_type" not in header
+    assert "ss_network_module" not in header  # not kohya's own naming
+    assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("4", "4")
+    assert "StableDiffusion3Pipeline" in card.read_text()
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_merged_sd3_pipeline_is_the_tuned_model(tiny_sd3, tmp_path, tune):
+    run, backbone = finished_run(tmp_path / "run", tiny_sd3, tune=tune)
+    expected = pictures(backbone)
+    folder = export_run(run, "merged", tmp_path / "out", dtype=torch.float32)[0]
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder)
+    assert not lora_layers(pipeline)
+    assert (pictures(pipeline) - expected).abs().max() <= ONE_LEVEL
+    base = pictures(StableDiffusion3Pipeline.from_pretrained(tiny_sd3))
+    assert (base - expected).abs().max() > 10 * ONE_LEVEL
+
+
+def test_card_and_pipeline_of_a_model_without_t5_load(tiny_sd3_without_t5, tmp_path):
+    run, backbone = finished_run(tmp_path / "run", tiny_sd3_without_t5)
+    folder, card = export_run(run, "merged", tmp_path / "out", dtype=torch.float32)
+    line = next(line for line in card.read_text().splitlines() if "from_pretrained(" in line)
+    assert line.endswith('from_pretrained("FOLDER/pipeline", text_encoder_3=None, tokenizer_3=None)')
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+    assert_same_pictures(pipeline, backbone)
+
+
+def test_peft_folder_and_card_name_the_transformer(tiny_sd3, tmp_path):
+    run, backbone = finished_run(tmp_path / "run", tiny_sd3)
+    card = export_run(run, "peft", tmp_path / "out")[-1]
+    assert "pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer" in card.read_text()
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_sd3)
+    pipeline.transformer = PeftModel.from_pretrained(
+        pipeline.transformer, str(tmp_path / "out")
+    ).get_base_model()
+    assert_same_pictures(pipeline, backbone)
+
+
+def test_a_family_that_no_other_tool_reads_is_refused():
+    class Sana:
+        network_name = "transformer"
+        pipeline_class = type("SanaPipeline", (), {})
+
+    with pytest.raises(
+        DiffalignError, match="known for LoRAs of a SanaPipeline; use diffusers, peft or merged"
+    ):
+        single_file_state(Sana, {}, LoRAConfig())

@@ -2,6 +2,7 @@
 
 `tiny_sdxl`: VAE factor 4, latents 4 channels, embeddings 16 + 24, pooled 12, 16 tokens.
 `tiny_sd`: VAE factor 8, embeddings 16, 16 tokens; also as a v-prediction model (SD 2.1 style).
+Few-step models are the same with other schedulers, and with an input for the guidance scale where they have one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -22,6 +26,36 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 TOKENS = 16
+NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+FEW_STEPS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "lcm": (LCMScheduler, {}),
+    "lcm-25": (LCMScheduler, {"original_inference_steps": 25}),
+    "sd-turbo": (EulerDiscreteScheduler, {"timestep_spacing": "trailing", "steps_offset": 1}),
+    "sdxl-turbo": (EulerAncestralDiscreteScheduler, {"timestep_spacing": "trailing", "steps_offset": 1}),
+}
+"""Schedulers of few-step models as they are published."""
+
+
+def build_few_step(folder: Path, sampler: str, guidance_width: int | None, sdxl: bool) -> Path:
+    """Save a random few-step pipeline of the SD or SDXL type with a scheduler of `FEW_STEPS`, return its folder.
+
+    Args:
+        guidance_width: of the embedded guidance scale that the network is told; None: it is told none.
+    """
+    build = build_tiny_sdxl if sdxl else build_tiny_sd
+    cls = StableDiffusionXLPipeline if sdxl else StableDiffusionPipeline
+    quiet = {} if sdxl else {"safety_checker": None, "requires_safety_checker": False}
+    parts = cls.from_pretrained(build(folder), **quiet).components
+    scheduler_class, options = FEW_STEPS[sampler]
+    parts["scheduler"] = scheduler_class(**NOISE, **options)
+    if guidance_width is not None:
+        torch.manual_seed(0)
+        config = {**parts["unet"].config, "time_cond_proj_dim": guidance_width}
+        parts["unet"] = UNet2DConditionModel.from_config(config)
+        if not sdxl:
+            cls = LatentConsistencyModelPipeline
+    cls(**parts, **({"requires_safety_checker": False} if not sdxl else {})).save_pretrained(folder)
+    return folder
 
 
 def build_tiny_sdxl(folder: Path) -> Path:

@@ -12,9 +12,13 @@ TRAINERS: dict[str, str] = {
     "dspo": "diffalign.trainers.dspo:DSPOTrainer",
     "inpo": "diffalign.trainers.inpo:InPOTrainer",
     "kto": "diffalign.trainers.kto:KTOTrainer",
+    "listwise": "diffalign.trainers.listwise:ListwiseTrainer",
     "mapo": "diffalign.trainers.mapo:MaPOTrainer",
+    "rpo": "diffalign.trainers.rpo:RPOTrainer",
+    "rwr": "diffalign.trainers.rwr:RWRTrainer",
     "sft": "diffalign.trainers.sft:SFTTrainer",
     "simpo": "diffalign.trainers.simpo:SimPOTrainer",
+    "step_preference": "diffalign.trainers.step_preference:StepPreferenceTrainer",
     "pal": "diffalign.trainers.pal:PALTrainer",
     "reward_model": "diffalign.trainers.reward_model:RewardModelTrainer",
 }

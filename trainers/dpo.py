@@ -7,13 +7,18 @@ delta is the policy's error minus the reference's, a mean over latent elements, 
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from diffalign.backbones.base import Backbone
 from diffalign.data.batch import PairBatch
+from diffalign.data.cache import PairCache
+from diffalign.data.gaps import known_gaps
 from diffalign.elbo import PairErrors, pair_errors
 from diffalign.objectives.pair_losses import (
     PAIR_LOSSES,
@@ -25,10 +30,13 @@ from diffalign.objectives.pair_losses import (
     safeguarded_delta,
 )
 from diffalign.objectives.pairwise import dpo_margin, smoothed_preference
+from diffalign.objectives.rewarded import modpo_margin
 from diffalign.process import Process
 from diffalign.trainers.pairs import Losses, PairOptions, PairTrainer, elements_of, pair_metrics
 
 PairLossName = Literal["sigmoid", "hinge", "ipo", "exo", "sppo", "nca", "bce", "apo_zero", "apo_down"]
+# Losses that see nothing but the margin, so that other rewards can be taken out of it.
+MARGIN_LOSSES = ("sigmoid", "hinge", "ipo", "exo")
 
 
 class DPOConfig(PairOptions):
@@ -61,6 +69,9 @@ class DPOConfig(PairOptions):
     sft_weight: float = Field(default=0.0, ge=0)
     """Adds fine-tuning on the chosen picture, in units of beta / 2 times its error: 0.1 to 1 counters a chosen error
     that rises; elsewhere written alpha beta / 2 with alpha near 1000."""
+    other_rewards: dict[str, float] = Field(default_factory=dict)
+    """MODPO: weights of other rewards, by the name of their column in the data's `labels`; the labels themselves weigh
+    1 minus the sum. The optimum is that of the weighted sum of all rewards; one run per weighting."""
     safeguard: float | None = Field(default=None, ge=0, le=1)
     """Scales the rejected side's gradient down where it would make the chosen picture worse (Diffusion-SDPO's mu:
     0.9 for SD 1.5, 0.6 for SDXL there); 1 removes it wherever the two pull together, null: off."""
@@ -86,6 +97,16 @@ class DPOConfig(PairOptions):
         if self.loss in ("exo", "sppo") and self.label_flip:
             fitting = ", ".join(name for name in PAIR_LOSSES if name not in ("exo", "sppo"))
             raise ValueError(f"label_flip should be 0 for loss={self.loss}; it fits: {fitting}")
+        total = sum(self.other_rewards.values())
+        if any(weight < 0 for weight in self.other_rewards.values()) or total >= 1:
+            raise ValueError(
+                f"other_rewards should be weights of at least 0 with a sum below 1 (it is {total:g}): the labels weigh "
+                "the rest"
+            )
+        if self.other_rewards and self.loss not in MARGIN_LOSSES:
+            raise ValueError(
+                f"other_rewards should be empty for loss={self.loss}; they fit: {', '.join(MARGIN_LOSSES)}"
+            )
         if self.reference == "cached" and self.times_per_pair > 1:
             raise ValueError("times_per_pair should be 1 for reference=cached: a step uses one stored draw")
         return self
@@ -100,13 +121,25 @@ class DPOTrainer(PairTrainer):
         super().__init__(config, backbone, seed)
         self.beta = config.beta * (elements_of(backbone) if config.reduction == "sum" else 1)
         self.rejected_share = 1.0 if config.beta_rejected is None else config.beta_rejected / config.beta
+        self._other_gaps: Tensor | None = None
+
+    def prepare(
+        self, cache: PairCache, folder: Path | None = None, builder: bool = True, **options: Any
+    ) -> None:
+        """Take the data and, of it, the gaps `[N, K]` of other rewards; 0 where a pair has no label for one."""
+        if self.config.other_rewards:
+            names = self.config.other_rewards
+            gaps = [known_gaps(cache.pairs.gaps, name, "trainer.other_rewards") for name in names]
+            self._other_gaps = torch.stack([torch.from_numpy(gap) for gap in gaps], 1).nan_to_num(0.0).float()
+        super().prepare(cache, folder, builder, **options)
 
     def loss(self, batch: PairBatch) -> Losses:
         """Per-pair losses `[B]` and metrics `[B]` (margin, implicit accuracy, errors against the reference)."""
         errors = self._errors(batch)
         preference = batch.preference.to(errors.chosen_delta.device)
         rewards = self._rewards(errors, preference)
-        losses = pair_losses(self.config, rewards, preference) * batch.weight.to(preference.device)
+        judged = replace(rewards, margin=self._judged_margin(rewards.margin, batch))
+        losses = pair_losses(self.config, judged, preference) * batch.weight.to(preference.device)
         named = {
             "chosen_delta": errors.chosen_delta,
             "rejected_delta": errors.rejected_delta,
@@ -114,6 +147,14 @@ class DPOTrainer(PairTrainer):
             "rejected_error": errors.rejected_error,
         }
         return losses, pair_metrics(rewards.margin, named)
+
+    def _judged_margin(self, margin: Tensor, batch: PairBatch) -> Tensor:
+        """What the labels are compared with: the margin, without the share of other rewards in it (MODPO)."""
+        if self._other_gaps is None:
+            return margin
+        gaps = self._other_gaps[torch.as_tensor(list(batch.draw.records))].to(margin.device)
+        others = list(self.config.other_rewards.values())
+        return modpo_margin(margin, gaps, torch.tensor([1 - sum(others), *others], device=margin.device))
 
     def _errors(self, batch: PairBatch) -> PairErrors:
         """Errors `[B]` at this draw's times, averaged over several of them."""

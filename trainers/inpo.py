@@ -22,7 +22,14 @@ from diffalign.errors import DiffalignError
 from diffalign.inversion import Inverter, implied_noise
 from diffalign.objectives.pair_losses import smoothed_margin
 from diffalign.objectives.pairwise import dpo_loss, dpo_margin
-from diffalign.trainers.pairs import Losses, PairTrainer, ReferenceOptions, elements_of, pair_metrics
+from diffalign.trainers.pairs import (
+    Forwards,
+    Losses,
+    PairTrainer,
+    ReferenceOptions,
+    elements_of,
+    pair_metrics,
+)
 
 
 class InPOConfig(ReferenceOptions):
@@ -64,6 +71,15 @@ class InPOTrainer(PairTrainer):
             config.inversion_noise,
             config.inverted_by == "reference",
         )
+
+    @classmethod
+    def forwards(cls, config: InPOConfig) -> Forwards:
+        """As for all methods, and the inversion: a time's share of the steps, rounded up, is half of them and a half.
+
+        For uniform times; a few-step model's own times may need more.
+        """
+        steps = (config.inversion_steps + 1) / 2 * (1 + config.refinements)
+        return replace(super().forwards(config), inversion=config.times_per_pair * steps)
 
     def loss(self, batch: PairBatch) -> Losses:
         """Per-pair losses `[B]` and metrics `[B]`."""

@@ -7,8 +7,9 @@ split: the chosen picture is desirable, the rejected one is not, each with noise
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 import torch.distributed
 from pydantic import Field
@@ -17,10 +18,11 @@ from torch import Tensor
 from diffalign.backbones.base import Backbone
 from diffalign.conditioning import Conditioning
 from diffalign.data.batch import PairBatch, UnpairedBatch
-from diffalign.elbo import NoisedPairs
+from diffalign.data.picture_labels import Pictures
 from diffalign.objectives.pairwise import dpo_margin, error_delta, squared_error
 from diffalign.objectives.unpaired import kto_baseline, kto_loss
-from diffalign.trainers.pairs import Losses, PairTrainer, ReferenceOptions, averaged, pair_metrics
+from diffalign.trainers.pairs import Losses, ReferenceOptions, averaged, pair_metrics
+from diffalign.trainers.pictures import PictureTrainer
 
 
 class KTOConfig(ReferenceOptions):
@@ -42,10 +44,12 @@ class KTOConfig(ReferenceOptions):
     """Weight of undesirable pictures; 0 learns from the desirable ones alone."""
 
 
-class KTOTrainer(PairTrainer):
-    """The loss of Diffusion-KTO on single judged pictures, or on pairs taken apart."""
+class KTOTrainer(PictureTrainer):
+    """The loss of Diffusion-KTO on single judged pictures, or on pairs that are drawn together and taken apart."""
 
     Config = KTOConfig
+    data_kinds: ClassVar[tuple[str, ...]] = ("pairs", "pictures")
+    needs: ClassVar[dict[str, tuple[str, ...]]] = {"pictures": ("label",)}
 
     def __init__(self, config: KTOConfig, backbone: Backbone, seed: int = 0) -> None:
         super().__init__(config, backbone, seed)
@@ -71,20 +75,10 @@ class KTOTrainer(PairTrainer):
         metrics = {"gain": gain, "error": error, "baseline": baseline.expand_as(gain)}
         return losses, {name: value.detach() for name, value in metrics.items()}
 
-    def _noised_singly(self, judged: UnpairedBatch) -> NoisedPairs:
-        """Every picture with noise and time of its own, as many draws of each as the options say."""
-        draw, process, device = judged.draw, self.backbone.process, self.backbone.device
-        sides = len(judged.latents) // len(draw)
-        keys = [(k, side) for k in range(self.config.times_per_pair) for side in range(sides)]
-        stratified = self.config.stratified_times
-        uniform = torch.cat([draw.uniform("own time", *key, stratified=stratified) for key in keys])
-        shape = tuple(judged.latents.shape[1:])
-        noise = torch.cat([draw.normal(shape, "own noise", *key) for key in keys]).to(device)
-        t = process.times(uniform, self.config.time_weighting).to(device)
-        draws = self.config.times_per_pair
-        x0 = torch.cat([judged.latents.to(device, torch.float32)] * draws)
-        told = Conditioning.concat([judged.conditioning] * draws).to(device)
-        return NoisedPairs(process.noise(x0, noise, t), t, process.target(x0, noise, t), told)
+    @classmethod
+    def choose(cls, config: Any, pictures: Pictures) -> Pictures:
+        """The pictures that somebody judged."""
+        return pictures.keep(~np.isnan(pictures.label))
 
 
 def split_pairs(batch: PairBatch) -> UnpairedBatch:

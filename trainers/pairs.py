@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -52,11 +52,26 @@ class ReferenceOptions(PairOptions):
     memory. frozen_copy: a second network; full fine-tuning always uses one."""
 
 
+@dataclass(frozen=True)
+class Forwards:
+    """Network passes over a pair (both pictures) in one training step, on average.
+
+    Fields:
+        policy: with gradients; each has a backward pass. inversion: by either model, without gradients, to find the
+            noise of a picture. reference: by the frozen model, without gradients.
+    """
+
+    policy: float
+    inversion: float
+    reference: float
+
+
 class PairTrainer:
     """Data side of a method on cached pairs; a method adds `loss`, and `beta` for its margin."""
 
     Config: ClassVar[type[PairOptions]]
-    data: ClassVar[str] = "pairs"
+    data_kinds: ClassVar[tuple[str, ...]] = ("pairs",)
+    needs: ClassVar[dict[str, tuple[str, ...]]] = {}
     tunes: ClassVar[tuple[str, ...]] = ("lora", "full")
     beta: float
 
@@ -74,6 +89,13 @@ class PairTrainer:
         """
         reference = getattr(config, "reference", None)
         return reference == "frozen_copy" or (tune == "full" and reference == "adapters_off")
+
+    @classmethod
+    def forwards(cls, config: Any) -> Forwards:
+        """What a step costs with these options: for `--dry-run`, which has no data and no model."""
+        times = float(config.times_per_pair)
+        asks = getattr(config, "reference", "cached") != "cached"
+        return Forwards(policy=times, inversion=0.0, reference=times if asks else 0.0)
 
     def prepare(
         self,
@@ -217,20 +239,21 @@ def share_captions(batch: PairBatch) -> PairBatch:
 def drop_captions(batch: PairBatch, dropped: Tensor, cache: PairCache) -> PairBatch:
     """Replace the captions of the rows `dropped` `[B]` by the unconditional embedding; micro-conditioning stays."""
     empty = cache.unconditional(len(dropped))
-
-    def mix(conditioning: Conditioning) -> Conditioning:
-        swapped = {
-            name: torch.where(dropped.reshape(-1, *([1] * (value.dim() - 1))), getattr(empty, name), value)
-            for name, value in conditioning.tensors().items()
-            if getattr(empty, name) is not None
-        }
-        return replace(conditioning, **swapped)
-
     return replace(
         batch,
-        conditioning_chosen=mix(batch.conditioning_chosen),
-        conditioning_rejected=mix(batch.conditioning_rejected),
+        conditioning_chosen=without_captions(batch.conditioning_chosen, dropped, empty),
+        conditioning_rejected=without_captions(batch.conditioning_rejected, dropped, empty),
     )
+
+
+def without_captions(conditioning: Conditioning, dropped: Tensor, empty: Conditioning) -> Conditioning:
+    """Rows `dropped` `[N]` of a conditioning replaced by those of no prompt, `empty`; what that lacks stays."""
+    swapped = {
+        name: torch.where(dropped.reshape(-1, *([1] * (value.dim() - 1))), getattr(empty, name), value)
+        for name, value in conditioning.tensors().items()
+        if getattr(empty, name) is not None
+    }
+    return replace(conditioning, **swapped)
 
 
 def require_dual_captions(cache: PairCache) -> None:

@@ -6,7 +6,7 @@ sum_k w_uk g_k(prompt))`. The mixture weights `w_u` are a softmax; a new user is
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +49,8 @@ class PALTrainer:
     """The loss of PAL on judged pairs with users; pairs without one are judged by the population's mean."""
 
     Config = PALConfig
-    data = "judgements"
+    data_kinds = ("judgements",)
+    needs: ClassVar[dict[str, tuple[str, ...]]] = {"judgements": ("user",)}
     tunes = ("head", "full")
 
     def __init__(self, config: PALConfig, backbone: Any, seed: int = 0) -> None:

@@ -74,7 +74,7 @@ class RewardModelTrainer:
     """The loss of a reward model on judged pairs."""
 
     Config = RewardModelConfig
-    data = "judgements"
+    data_kinds = ("judgements",)
     tunes = ("head", "full")
 
     def __init__(self, config: RewardModelConfig, backbone: Any, seed: int = 0) -> None:

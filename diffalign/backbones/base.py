@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
 from diffalign.backbones.attention import set_attention
+from diffalign.backbones.guidance import guidance_inputs, is_told_guidance, tell_guidance
 from diffalign.backbones.loading import Source, choose_precision, loading, quiet
 from diffalign.backbones.lora import adapters_off, add_lora, load_lora_state, lora_state
+from diffalign.backbones.meta import unet_inputs
+from diffalign.backbones.precision import autocast_forward
+from diffalign.backbones.quantized import compute_in, quantization_arguments
+from diffalign.backbones.schedule import scheduler_config, scheduler_process
 from diffalign.conditioning import Conditioning
 from diffalign.config import ModelConfig
 from diffalign.errors import DiffalignError
-from diffalign.process import Process, expand_as
+from diffalign.process import expand_as
 
 ENCODE_BATCH = 64
 
@@ -28,8 +32,11 @@ class Backbone:
 
     Fields:
         family, modality: what it is. config: how it was opened.
+        network_name, network_class: part of the pipeline that is tuned, and its class in diffusers.
+        left_out: parts that a model may lack, and that `model.text_encoder_3=false` leaves out.
         core: the bare network. network: the same as the engine wraps it (DDP); `predict` calls this one.
         process: the forward process. latent_shape: `(C, h, w)`. resolution: `(height, width)` in pixels.
+        anchor: adapter weights that the reference carries, with their parameters; none: it has no adapters.
         device, dtype: where the network runs and in which number format; trained weights are float32.
         attention: name of the attention kernel in use.
     """
@@ -38,6 +45,9 @@ class Backbone:
     family: ClassVar[str]
     pipeline_class: ClassVar[Any]
     pipeline_options: ClassVar[dict[str, Any]] = {}
+    left_out: ClassVar[tuple[str, ...]] = ()
+    network_name: ClassVar[str] = "unet"
+    network_class: ClassVar[Any] = UNet2DConditionModel
 
     def __init__(
         self,
@@ -50,14 +60,15 @@ class Backbone:
     ):
         self.source, self.config, self.device = source, config, device
         self.dtype = choose_precision(config.precision, device)
-        self.process = scheduler_process(source)
         self.core = self._load_network()
         self.factor = self._vae_factor()
         self.latent_shape = self._latent_shape(resolution)
         self.resolution = (self.latent_shape[1] * self.factor, self.latent_shape[2] * self.factor)
+        self.process = scheduler_process(source, config.few_steps, self._step_options)
         self.attention = set_attention(self.core, config.attention, device, self.dtype)
         self._frozen = self._frozen_copy() if frozen_copy else None
         self._use_frozen = False
+        self.anchor: Sequence[tuple[nn.Parameter, Tensor]] = ()
         self._lora_layers = self._make_trainable(seed)
         self.core.to(device)
         self._run_in_precision(self.core)
@@ -137,10 +148,14 @@ class Backbone:
     ) -> Tensor:
         """Classifier-free guidance (Ho and Salimans 2022) in one forward of twice the batch.
 
+        A network that is told its guidance scale gets it in one forward of the batch.
+
         Args:
             scale: guidance scale, a number or `[B]`; 1 is the conditional prediction.
-            uncond: as from `unconditional`; sizes it lacks are those of `cond`.
+            uncond: as from `unconditional`; sizes it lacks are those of `cond`. Unused by a network that is told.
         """
+        if is_told_guidance(self.core):
+            return self.predict(x_t, t, tell_guidance(cond, scale))
         both = Conditioning.concat([_with_missing(uncond, cond), cond])
         off, on = self.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
         return off + (expand_as(scale, on) if isinstance(scale, Tensor) else scale) * (on - off)
@@ -156,7 +171,7 @@ class Backbone:
             raise DiffalignError("full fine-tuning has no reference model without a frozen copy.")
         before, self._use_frozen = self._use_frozen, self._frozen is not None
         try:
-            with nullcontext() if self._use_frozen else adapters_off(self._lora_layers):
+            with nullcontext() if self._use_frozen else adapters_off(self._lora_layers, self.anchor):
                 yield
         finally:
             self._use_frozen = before
@@ -171,6 +186,11 @@ class Backbone:
                 yield
         finally:
             self.core.train(training)
+
+    def scheduler_options(self, steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The scheduler's configuration, and what its `set_timesteps` is given besides the number of steps."""
+        config = scheduler_config(self.source)
+        return config, self._step_options(config, steps)
 
     # Trained weights
 
@@ -201,6 +221,11 @@ class Backbone:
 
     # The whole model
 
+    @property
+    def call_options(self) -> dict[str, Any]:
+        """What the pipeline has to be called with besides prompts, sizes, steps and guidance."""
+        return {}
+
     def pipeline(self) -> Any:
         """A diffusers pipeline around the current policy weights; parts not loaded yet are loaded now.
 
@@ -208,15 +233,15 @@ class Backbone:
         """
         if self._pipeline is None:
             self._pipeline = self.load_pipeline(self.core, self._encoder_dtype())
-            for name in ("vae", "text_encoder", "text_encoder_2"):
-                if (part := getattr(self._pipeline, name, None)) is not None:
+            for name, part in self._pipeline.components.items():
+                if isinstance(part, nn.Module) and name != self.network_name:
                     part.requires_grad_(False).to(self.device)
-        self._pipeline.unet = self._frozen if self._use_frozen else self.core
+        setattr(self._pipeline, self.network_name, self._frozen if self._use_frozen else self.core)
         return self._pipeline
 
     def load_pipeline(self, network: nn.Module, dtype: torch.dtype) -> Any:
         """A new pipeline on the CPU around a network, its other parts loaded in a number format."""
-        parts = {"unet": network, **({"vae": self._other_vae(dtype)} if self.config.vae else {})}
+        parts = {self.network_name: network, **({"vae": self._other_vae(dtype)} if self.config.vae else {})}
         pipeline: Any = loading(
             f"pipeline {self.source.name}",
             lambda: self.pipeline_class.from_pretrained(
@@ -224,11 +249,18 @@ class Backbone:
                 torch_dtype=dtype,
                 **parts,
                 **self.pipeline_options,
+                **self.absent_parts(self.source, self.config),
                 **self.source.arguments(),
             ),
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+    @classmethod
+    def absent_parts(cls, source: Source, config: ModelConfig) -> dict[str, None]:
+        """Parts to do without; diffusers wants to be told even of those that the model's index says are missing."""
+        have = {name for name, entry in source.index.items() if isinstance(entry, list) and entry[0]}
+        return {n: None for n in cls.left_out if n not in have or not config.text_encoder_3}
 
     def release_encoders(self) -> None:
         """Free the memory of VAE and text encoders; they are loaded again when needed."""
@@ -238,10 +270,15 @@ class Backbone:
         master = torch.float32 if self.config.tune == "full" else self.dtype
         network = loading(
             f"network of {self.source.name}",
-            lambda: UNet2DConditionModel.from_pretrained(
-                self.source.path, subfolder="unet", torch_dtype=master, **self.source.arguments()
+            lambda: self.network_class.from_pretrained(
+                self.source.path,
+                subfolder=self.network_name,
+                torch_dtype=master,
+                **quantization_arguments(self.config, self.dtype),
+                **self.source.arguments(),
             ),
         )
+        compute_in(network, self.dtype)
         if self.config.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         return network
@@ -271,7 +308,7 @@ class Backbone:
         if self.config.compile:
             network.forward = torch.compile(network.forward)  # type: ignore[method-assign]
         if self.dtype != torch.float32:
-            network.forward = _autocast(network.forward, self.device.type, self.dtype)  # type: ignore[method-assign]
+            network.forward = autocast_forward(network.forward, self.device.type, self.dtype)  # type: ignore[method-assign]
 
     def _encoder_dtype(self) -> torch.dtype:
         """Number format of VAE and text encoders: one for both, since the pipeline's latents take the text's.
@@ -300,63 +337,48 @@ class Backbone:
         return int(2 ** (len(config["block_out_channels"]) - 1))
 
     def _latent_shape(self, resolution: int | None) -> tuple[int, int, int]:
-        config: Any = self.core.config
-        side = config.sample_size if resolution is None else resolution / self.factor
-        if side != int(side):
+        channels, side, multiple = self._latent_facts()
+        side = side if resolution is None else resolution / self.factor
+        if side % multiple:
             raise DiffalignError(
-                f"resolution is {resolution}; expected a multiple of {self.factor} for {self.source.name}."
+                f"resolution is {resolution}; expected a multiple of {self.factor * multiple} for "
+                f"{self.source.name}."
             )
-        return (config.in_channels, int(side), int(side))
+        return (channels, int(side), int(side))
+
+    def _latent_facts(self) -> tuple[int, float, int]:
+        """Channels of the latents, their side for the model's own resolution, and what a side must be a multiple of."""
+        config: Any = self.core.config
+        return config.in_channels, config.sample_size, 1
+
+    def _step_options(self, config: dict[str, Any], steps: int) -> dict[str, Any]:
+        """What the pipeline gives `set_timesteps` of a scheduler of this configuration besides the steps' number."""
+        return {}
 
     def _forward(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         # Embeddings are cast once here rather than in each of the cross-attention layers.
-        cond = cond.to(self.device, self.dtype)
-        out = network(x_t, self.process.model_time(t), return_dict=False, **self._network_inputs(cond))[0]
-        return out.float()
+        return self._call(network, x_t, self.process.model_time(t), cond.to(self.device, self.dtype)).float()
+
+    def _call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+        """The network's output `[B, C, h, w]` at times `[B]` as the network counts them."""
+        output: Tensor = network(x_t, time, return_dict=False, **self._network_inputs(cond))[0]
+        return output
+
+    @classmethod
+    def meta_inputs(cls, config: Any, side: int, dtype: torch.dtype) -> dict[str, Any]:
+        """What a network of this configuration is given for two `side` x `side` latents, as shapes without data."""
+        return unet_inputs(config, side, dtype)
 
     def _network_inputs(self, cond: Conditioning) -> dict[str, Any]:
-        return {"encoder_hidden_states": cond.embeddings}
+        """What a UNet is given besides latents and time."""
+        told = guidance_inputs(self.core, cond, self.config.guidance_embedding)
+        return {"encoder_hidden_states": cond.embeddings, **told}
 
     def _encode_text(self, pipeline: Any, prompts: list[str]) -> Conditioning:
         raise NotImplementedError
 
     def _encode_unconditional(self, pipeline: Any) -> Conditioning:
         raise NotImplementedError
-
-
-def scheduler_process(source: Source) -> Process:
-    """The forward process of a model, from its scheduler's configuration.
-
-    Raises:
-        DiffalignError: the configuration is missing or describes a process that is not known here.
-    """
-    revision = {"revision": source.revision} if source.revision else {}
-    config = loading(
-        f"scheduler of {source.name}",
-        lambda: DDPMScheduler.load_config(source.path, subfolder="scheduler", **revision),
-    )
-    try:
-        return Process.from_scheduler(dict(config))
-    except ValueError as error:
-        raise DiffalignError(f"the scheduler of {source.name} is not supported: {error}") from error
-
-
-def _autocast(forward: Callable[..., Any], device_type: str, dtype: torch.dtype) -> Callable[..., Any]:
-    """A network's forward under autocast, with its output in the format of its input.
-
-    Schedulers of diffusers give the latents the output's format, which then has to fit the VAE.
-    """
-
-    @functools.wraps(forward)
-    def run(sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(device_type, dtype):
-            out = forward(sample, *args, **kwargs)
-        if isinstance(out, tuple):
-            return (out[0].to(sample.dtype), *out[1:])
-        out.sample = out.sample.to(sample.dtype)
-        return out
-
-    return run
 
 
 def _latent_scaling(vae: Any, device: torch.device) -> tuple[Tensor | float, Tensor | float]:

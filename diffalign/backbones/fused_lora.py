@@ -40,7 +40,9 @@ def _forward(layer: Any, adapter: str, x: Tensor, *args: Any, **kwargs: Any) -> 
     if args or kwargs or layer.disable_adapters or layer.merged or layer.active_adapters != [adapter]:
         return LoraLinear.forward(layer, x, *args, **kwargs)
     base, kind = layer.base_layer, x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.weight.dtype
+    # The meta device, on which a plan is made, knows no autocast.
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocast else base.weight.dtype
     weight = base.weight.to(dtype)
     bias = None if base.bias is None else base.bias.to(dtype)
     first, second = layer.lora_A[adapter].weight.to(dtype), layer.lora_B[adapter].weight.to(dtype)

@@ -21,7 +21,11 @@ from diffalign.errors import DiffalignError, nearest
 
 SCENES = "scenes:"
 INDEX = "model_index.json"
-ENCODER_PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+ENCODER_PARTS = (
+    "vae",
+    *(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")),
+)
+NETWORK_PARTS = ("unet", "transformer", "scheduler")
 
 T = TypeVar("T")
 
@@ -153,7 +157,9 @@ def model_fingerprint(config: ModelConfig, network: bool = False) -> str:
     revision and variant, so name a commit if it may change. With `network` the denoising network counts too.
     """
     digest = hashlib.blake2b(digest_size=16)
-    _hash_model(digest, config, (*ENCODER_PARTS, "unet", "scheduler") if network else ENCODER_PARTS)
+    _hash_model(digest, config, (*ENCODER_PARTS, *NETWORK_PARTS) if network else ENCODER_PARTS)
+    if not config.text_encoder_3:
+        digest.update(b"without text_encoder_3")
     if config.vae is not None:
         digest.update(b"vae")
         _hash_files(digest, Path(config.vae), [Path(config.vae)], config.vae)
@@ -162,8 +168,10 @@ def model_fingerprint(config: ModelConfig, network: bool = False) -> str:
 
 def _hash_model(digest: Any, config: ModelConfig, parts: tuple[str, ...]) -> None:
     path = resolve_model(config.path)
+    # FLUX.1 dev and schnell share index and encoders; how many text tokens they take follows from this file.
+    facts = [Path(path) / INDEX, Path(path) / "transformer" / "config.json"]
     folders = [Path(path) / part for part in parts]
-    _hash_files(digest, Path(path), [Path(path) / INDEX, *folders], f"{path}@{config.revision}")
+    _hash_files(digest, Path(path), [*facts, *folders], f"{path}@{config.revision}")
     digest.update(str(config.variant).encode())
 
 
@@ -199,5 +207,5 @@ def _pipeline_folder(folder: Path) -> Path:
         return folder
     raise DiffalignError(
         f"model folder {str(folder)!r} holds no {INDEX}; expected a pipeline saved in diffusers format "
-        "(folders unet, vae, text_encoder, ...)."
+        "(folders unet or transformer, vae, text_encoder, ...)."
     )

@@ -15,8 +15,17 @@ from diffalign.config import LoRAConfig
 from diffalign.errors import DiffalignError, did_you_mean
 from diffalign.randomness import derive_seed
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
+ATTENTION = (
+    *("to_q", "to_k", "to_v", "to_out.0"),
+    # The text's side of transformers that attend to pictures and text together.
+    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+)
+CONVOLUTIONS = (
+    *("conv1", "conv2", "conv_shortcut", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    # Transformers have feed-forward layers only: of the text (SD3, FLUX), of FLUX's single blocks, and of Z-Image.
+    *("ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"),
+    *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+)
 
 
 def target_modules(network: nn.Module, targets: str | Sequence[str]) -> list[str]:
@@ -24,7 +33,8 @@ def target_modules(network: nn.Module, targets: str | Sequence[str]) -> list[str
 
     Args:
         targets: `attention`, `attention+conv` (also resnet convolutions, projections, feed-forward layers),
-            `all-linear`, or a list of module-name endings.
+            `all-linear`, or a list of module-name endings. Presets stay inside the blocks: the `proj_out` that ends a
+            transformer is in none but `all-linear`.
 
     Raises:
         DiffalignError: an ending matches no linear or convolution layer.
@@ -33,10 +43,10 @@ def target_modules(network: nn.Module, targets: str | Sequence[str]) -> list[str
     if targets == "all-linear":
         return [name for name in layers if isinstance(network.get_submodule(name), nn.Linear)]
     presets = {"attention": ATTENTION, "attention+conv": ATTENTION + CONVOLUTIONS}
-    endings = presets[targets] if isinstance(targets, str) else tuple(targets)
-    if not isinstance(targets, str):
-        _check_endings(layers, endings)
-    return [name for name in layers if _ends_with(name, endings)]
+    if isinstance(targets, str):
+        return [name for name in layers if "." in name and _ends_with(name, presets[targets])]
+    _check_endings(layers, targets)
+    return [name for name in layers if _ends_with(name, targets)]
 
 
 def add_lora(network: nn.Module, config: LoRAConfig, seed: int, autocast: bool) -> list[LoraLayer]:
@@ -71,17 +81,36 @@ def add_lora(network: nn.Module, config: LoRAConfig, seed: int, autocast: bool) 
 
 
 @contextmanager
-def adapters_off(layers: Sequence[LoraLayer]) -> Iterator[None]:
-    """The base network inside the block.
+def adapters_off(
+    layers: Sequence[LoraLayer], anchor: Sequence[tuple[nn.Parameter, Tensor]] = ()
+) -> Iterator[None]:
+    """The base network inside the block, or the one with the adapter weights of `anchor` (parameter and its value).
 
     Sets only the layers' flags: peft's own switch also turns off `requires_grad` of every adapter weight,
     which takes longer.
     """
+    if anchor:
+        with _exchanged(anchor):
+            yield
+        return
     _set_flags(layers, True)
     try:
         yield
     finally:
         _set_flags(layers, False)
+
+
+@contextmanager
+def _exchanged(weights: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
+    """Other values of parameters inside the block; none is copied."""
+    before = [parameter.data for parameter, _ in weights]
+    for parameter, value in weights:
+        parameter.data = value
+    try:
+        yield
+    finally:
+        for (parameter, _), data in zip(weights, before, strict=True):
+            parameter.data = data
 
 
 def _set_flags(layers: Sequence[LoraLayer], disabled: bool) -> None:

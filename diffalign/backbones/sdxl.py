@@ -1,7 +1,12 @@
-"""Stable Diffusion XL (Podell et al. 2023): two text encoders, pooled embedding, sizes as conditioning."""
+"""Stable Diffusion XL (Podell et al. 2023): two text encoders, pooled embedding, sizes as conditioning.
+
+SDXL-Turbo (Sauer et al. 2023, arXiv 2311.17042) and SDXL latent consistency models are this pipeline with another
+network and scheduler.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +27,7 @@ class StableDiffusionXL(Backbone):
     def with_sizes(self, cond: Conditioning, original: Tensor, crop: Tensor, target: Tensor) -> Conditioning:
         """Add time ids `[B, 6]`, height first, in float32: bf16 would round 1025 to 1024."""
         ids = torch.cat([original, crop, target], 1).to(cond.embeddings.device, torch.float32)
-        return Conditioning(cond.embeddings, cond.pooled, ids, cond.mask)
+        return replace(cond, time_ids=ids)
 
     def _encode_text(self, pipeline: Any, prompts: list[str]) -> Conditioning:
         embeddings, _, pooled, _ = pipeline.encode_prompt(
@@ -40,4 +45,4 @@ class StableDiffusionXL(Backbone):
         if cond.time_ids is None:
             raise ValueError("SDXL conditioning has no time ids; call with_sizes first")
         added = {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
-        return {"encoder_hidden_states": cond.embeddings, "added_cond_kwargs": added}
+        return {**super()._network_inputs(cond), "added_cond_kwargs": added}

@@ -76,3 +76,34 @@ class UnpairedBatch:
             label=self.label.to(device),
             weight=self.weight.to(device),
         )
+
+
+@dataclass(frozen=True)
+class GroupBatch:
+    """Groups of K pictures that were compared with each other, as latents.
+
+    Fields:
+        latents: `[B, K, C, H, W]`, float32, scaled as the network expects.
+        conditioning: B K rows, the K pictures of the first group first.
+        values: `[B, K]` in [0, 1]: how good each picture is among those of its group.
+        weight: `[B]` factor on each group's loss. draw: which groups these are.
+    """
+
+    latents: Tensor
+    conditioning: Conditioning
+    values: Tensor
+    weight: Tensor
+    draw: Draw
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def to(self, device: torch.device | str) -> GroupBatch:
+        """The same batch on a device; number formats stay."""
+        return replace(
+            self,
+            latents=self.latents.to(device),
+            conditioning=self.conditioning.to(device),
+            values=self.values.to(device),
+            weight=self.weight.to(device),
+        )

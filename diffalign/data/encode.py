@@ -1,4 +1,7 @@
-"""Fills a cache: images to posterior means and deviations, prompts to embeddings, shard by shard."""
+"""Fills a cache: images to posterior means and deviations, prompts to embeddings, shard by shard.
+
+A record holds S images, its slots: two of a pair, or one.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from torch import Tensor
 from diffalign.conditioning import Conditioning
 from diffalign.data.images import BrokenImage, Picture, load_picture
 from diffalign.data.keys import CacheKey, Progress
-from diffalign.data.records import PreferenceRecord, Records
+from diffalign.data.records import LazyRecords, Row
 from diffalign.data.shards import is_complete, read_metadata, remove_stale_partials, write_tensors, write_text
 from diffalign.errors import DiffalignError
 from diffalign.randomness import generator
@@ -36,7 +39,7 @@ PROMPTS_PER_CALL = 32
 DECODERS = min(8, os.cpu_count() or 1)
 
 Broken = dict[str, Any]
-"""An image that was left out: its record, which of the two it is (0 or 1), its source and the reason."""
+"""An image that was left out: its record, its slot there, its source and the reason."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class CacheJob:
     """One cache to fill: where, from what, and how."""
 
     folder: Path
-    records: Records
+    records: LazyRecords[Any]
     config: DataConfig
     key: CacheKey
     dtype: torch.dtype
@@ -73,13 +76,13 @@ class CacheJob:
 
 
 def shard_name(kind: str, number: int) -> str:
-    """File name of a shard; kind is `pairs` or `prompts`."""
+    """File name of a shard; kind is `records` or `prompts`."""
     return f"{kind}-{number:05d}.safetensors"
 
 
 def file_names(records: int, prompts: int, shard_size: int) -> list[str]:
     """All safetensors files of a cache of this many records and distinct prompts."""
-    counts = {"prompts": prompts, "pairs": records}
+    counts = {"prompts": prompts, "records": records}
     shards = [shard_name(kind, i) for kind, count in counts.items() for i in range(-(-count // shard_size))]
     return [UNCONDITIONAL, *shards]
 
@@ -110,8 +113,8 @@ def _encode_missing(job: CacheJob, backbone: Backbone, missing: set[str]) -> Non
             write_tensors(job.folder / name, tensors, job.metadata)
         job.report("encoding prompts", shard.stop, len(prompts))
     for number, shard in enumerate(job.ranges(len(job.records))):
-        if (name := shard_name("pairs", number)) in missing:
-            tensors, broken = encode_pairs(job, backbone, shard)
+        if (name := shard_name("records", number)) in missing:
+            tensors, broken = encode_records(job, backbone, shard)
             write_tensors(job.folder / name, tensors, job.metadata | {"broken": json.dumps(broken)})
 
 
@@ -122,12 +125,12 @@ def encode_prompts(prompts: Sequence[str], backbone: Backbone, dtype: torch.dtyp
     return _stored(Conditioning.concat(encoded), dtype)
 
 
-def encode_pairs(job: CacheJob, backbone: Backbone, shard: range) -> tuple[dict[str, Tensor], list[Broken]]:
-    """The tensors of one shard of pairs, and the images that were left out.
+def encode_records(job: CacheJob, backbone: Backbone, shard: range) -> tuple[dict[str, Tensor], list[Broken]]:
+    """The tensors of one shard of records, and the images that were left out.
 
-    Tensors: `records` `[M]`; `prompts` `[M, 2]` numbers of the two images' prompts; `latents`
-    `[M, V, 2, 2, C, H, W]` (variant: as it is and, with `data.flip`, mirrored; image; mean and deviation);
-    `time_ids` `[M, V, 2, 6]` float32 for families that are told sizes.
+    Tensors: `records` `[M]`; `prompts` `[M, S]` numbers of the images' prompts; `latents`
+    `[M, V, S, 2, C, H, W]` (variant: as it is and, with `data.flip`, mirrored; slot; mean and deviation);
+    `time_ids` `[M, V, S, 6]` float32 for families that are told sizes.
     """
     kept: list[int] = []
     broken: list[Broken] = []
@@ -142,16 +145,16 @@ def encode_pairs(job: CacheJob, backbone: Backbone, shard: range) -> tuple[dict[
     prompts = [[job.prompts[prompt] for prompt in job.records.rows[index].prompts] for index in kept]
     tensors = {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else {})}
     tensors["records"] = torch.tensor(kept, dtype=torch.int64)
-    tensors["prompts"] = torch.tensor(prompts, dtype=torch.int64).reshape(-1, 2)
+    tensors["prompts"] = torch.tensor(prompts, dtype=torch.int64).reshape(-1, job.records.slots)
     return tensors, broken
 
 
 def _encode(backbone: Backbone, pictures: Sequence[Picture], job: CacheJob) -> dict[str, Tensor]:
-    """Encode pictures ordered by pair, variant and image in one VAE call."""
-    variants = 2 if job.config.flip else 1
+    """Encode pictures ordered by record, variant and slot in one VAE call."""
+    variants, slots = 2 if job.config.flip else 1, job.records.slots
     pixels = torch.stack([picture.pixels for picture in pictures]).to(backbone.device)
     mean, std = backbone.encode(pixels)
-    latents = torch.stack([mean, std], 1).float().cpu().unflatten(0, (-1, variants, 2))
+    latents = torch.stack([mean, std], 1).float().cpu().unflatten(0, (-1, variants, slots))
     tensors = {"latents": _checked(latents, job.dtype, "VAE")}
     sizes = [
         torch.tensor([getattr(p, name) for p in pictures]).float() for name in ("original", "crop", "target")
@@ -159,7 +162,7 @@ def _encode(backbone: Backbone, pictures: Sequence[Picture], job: CacheJob) -> d
     blank = Conditioning(torch.zeros(len(pictures), 1, 1))
     time_ids = backbone.with_sizes(blank, *sizes).time_ids
     if time_ids is not None:
-        tensors["time_ids"] = time_ids.float().cpu().unflatten(0, (-1, variants, 2))
+        tensors["time_ids"] = time_ids.float().cpu().unflatten(0, (-1, variants, slots))
     return tensors
 
 
@@ -169,26 +172,24 @@ Loaded = tuple[int, list[Picture], list[Broken]]
 def loaded_pictures(job: CacheJob, shard: range) -> Iterator[list[Loaded]]:
     """Decoded pictures of a shard in batches for the VAE; the next batch is decoded while one is encoded."""
     images = min(IMAGES_PER_CALL, max(1, PIXELS_PER_CALL // job.config.resolution**2))
-    pairs = max(1, images // (4 if job.config.flip else 2))
+    step = max(1, images // (job.records.slots * (2 if job.config.flip else 1)))
     ahead: deque[list[Future[Loaded]]] = deque()
     with ThreadPoolExecutor(DECODERS) as pool:
-        for start in range(shard.start, shard.stop, pairs):
-            indices = range(start, min(start + pairs, shard.stop))
-            ahead.append(
-                [pool.submit(_load_pair, index, job.records[index], job.config) for index in indices]
-            )
+        for start in range(shard.start, shard.stop, step):
+            indices = range(start, min(start + step, shard.stop))
+            ahead.append([pool.submit(_load, index, job.records[index], job.config) for index in indices])
             if len(ahead) > 1:
                 yield [future.result() for future in ahead.popleft()]
         while ahead:
             yield [future.result() for future in ahead.popleft()]
 
 
-def _load_pair(index: int, record: PreferenceRecord, config: DataConfig) -> Loaded:
-    """Both images of a record, cropped at the same place, and mirrored copies after them with `data.flip`."""
+def _load(index: int, record: Row, config: DataConfig) -> Loaded:
+    """The images of a record, cropped at the same place, and mirrored copies after them with `data.flip`."""
     position = crop_position(index, config.crop)
     pictures: list[Picture] = []
     faults: list[Broken] = []
-    for number, image in enumerate((record.image_0, record.image_1)):
+    for number, image in enumerate(record.images):
         try:
             pictures.append(load_picture(image, config.resolution, position, config.max_pixels))
         except BrokenImage as error:
@@ -236,7 +237,7 @@ def _write_index(job: CacheJob) -> None:
     """Write the index: its presence says that all shards are there."""
     broken: list[Broken] = []
     for number, _ in enumerate(job.ranges(len(job.records))):
-        metadata = read_metadata(job.folder / shard_name("pairs", number), job.key.digest)
+        metadata = read_metadata(job.folder / shard_name("records", number), job.key.digest)
         broken += json.loads(metadata["broken"])
     index = {
         "key": job.key.digest,

@@ -11,13 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffalign.data.cache import wait_for
 from diffalign.data.encode import Broken, CacheJob, loaded_pictures, shard_name
 from diffalign.data.judged import JudgedBatch, Judgements, of_slot
 from diffalign.data.keys import Progress, cache_key, records_digest
@@ -29,6 +28,7 @@ from diffalign.data.shards import (
     remove_stale_partials,
     write_tensors,
 )
+from diffalign.data.store import wait_for
 from diffalign.errors import DiffalignError
 from diffalign.randomness import Draw
 
@@ -91,6 +91,8 @@ class JudgedPairs:
     Attributes:
         judgements: their labels. folder, broken: of the store.
     """
+
+    unit: ClassVar[str] = "pairs"
 
     def __init__(self, store: Store, judgements: Judgements) -> None:
         self.store, self.judgements = store, judgements.keep(store.usable)

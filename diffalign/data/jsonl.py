@@ -7,7 +7,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffalign.data.records import ImageSource, PreferenceRecord, Records, check_label, files_identity
+from diffalign.data.records import (
+    ImageSource,
+    PreferenceRecord,
+    Reading,
+    Records,
+    check_label,
+    check_weight,
+    collect,
+    describe_files,
+    files_identity,
+)
 from diffalign.errors import DiffalignError, did_you_mean
 
 FIELDS = (
@@ -24,7 +34,7 @@ FIELDS = (
 )
 
 
-def read_jsonl(files: Sequence[Path], limit: int | None = None) -> Records:
+def read_jsonl(files: Sequence[Path], reading: Reading = Reading()) -> Records:
     """Records of JSONL files; image paths are relative to the file that names them.
 
     Fields of a line: `prompt`, `chosen`, `rejected`; optional `label` (probability that `chosen` is
@@ -36,29 +46,29 @@ def read_jsonl(files: Sequence[Path], limit: int | None = None) -> Records:
     Raises:
         DiffalignError: a line is not an object with these fields; the message names file and line.
     """
-    rows: list[PreferenceRecord] = []
-    images: list[tuple[Path, Path]] = []
-    unlabelled = 0
-    for file, number, values in _lines(files):
-        if limit is not None and len(rows) >= limit:
-            break
-        row = _row(values, file.name, f"{file}, line {number}")
-        if row is None:
-            unlabelled += 1
-            continue
-        rows.append(row)
-        images.append((file.parent / values["chosen"], file.parent / values["rejected"]))
+    found = (
+        (
+            _row(values, file.name, f"{file}, line {number}"),
+            (file.parent, values["chosen"], values["rejected"]),
+        )
+        for file, number, values in json_lines(files)
+    )
+    rows, places, unlabelled = collect(found, reading.limit)
+    images = [(folder / chosen, folder / rejected) for folder, chosen, rejected in places]
 
     def read(index: int) -> tuple[ImageSource, ImageSource]:
         return images[index]
 
     identity = files_identity([*files, *(path for pair in images for path in pair)], "jsonl", len(rows))
-    description = str(files[0]) if len(files) == 1 else f"{len(files)} JSONL files in {files[0].parent}"
-    return Records(rows, read, unlabelled, identity, description)
+    return Records(rows, read, unlabelled, identity, describe_files(files, "JSONL"))
 
 
-def _lines(files: Sequence[Path]) -> Iterator[tuple[Path, int, dict[str, Any]]]:
-    """File, line number and object of each line that is not blank."""
+def json_lines(files: Sequence[Path]) -> Iterator[tuple[Path, int, dict[str, Any]]]:
+    """File, line number and object of each line that is not blank.
+
+    Raises:
+        DiffalignError: a line is not a JSON object.
+    """
     for file in files:
         with file.open(encoding="utf-8") as lines:
             for number, line in enumerate(_decoded(lines, file), 1):
@@ -81,9 +91,7 @@ def _object(line: str, where: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise DiffalignError(f"{where} is not JSON ({error}). Expected one JSON object per line.") from error
     if not isinstance(values, dict):
-        raise DiffalignError(
-            f"{where} is a {type(values).__name__}; expected an object with prompt, chosen, rejected."
-        )
+        raise DiffalignError(f"{where} is a {type(values).__name__}; expected an object of named fields.")
     return values
 
 
@@ -101,7 +109,7 @@ def _row(values: dict[str, Any], file: str, where: str) -> PreferenceRecord | No
         image_1=b"",
         label_0=check_label(values.get("label", 1.0), where),
         source=values.get("source", file),
-        weight=_weight(values.get("weight", 1.0), where),
+        weight=check_weight(values.get("weight", 1.0), where),
         prompt_1=None if first == second else second,
         user=values.get("user"),
         labels=_labels(values.get("labels", {}), where),
@@ -132,9 +140,3 @@ def _check_fields(values: dict[str, Any], where: str) -> None:
     for name in ("prompt", "chosen", "rejected", "chosen_prompt", "rejected_prompt"):
         if name in values and not isinstance(values[name], str):
             raise DiffalignError(f"{where}: {name} is {values[name]!r}; expected text.")
-
-
-def _weight(value: object, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < float("inf"):
-        raise DiffalignError(f"{where}: weight is {value!r}; expected a number from 0 up.")
-    return float(value)

@@ -110,7 +110,7 @@ def judgements(
     Raises:
         DiffalignError: all records are ties and ties are dropped, or nobody judged one of the dimensions.
     """
-    pairs = choose_pairs(records, config.labels, config.ties, seed)
+    pairs = choose_pairs(records, config.labels, config.ties, seed, config.flipped)
     rows = [records.rows[record] for record in pairs.records]
     _check_dimensions(records, dimensions)
     if names is None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffalign.data.images import FORMATS
-from diffalign.data.records import ImageSource, Records, read_image
+from diffalign.data.records import ImageSource, LazyRecords, read_image
 from diffalign.data.shards import write_text
 
 if TYPE_CHECKING:
@@ -53,7 +53,9 @@ class CacheKey:
         ]
 
 
-def cache_key(config: DataConfig, model: str, precision: str, records: str, count: int) -> CacheKey:
+def cache_key(
+    config: DataConfig, model: str, precision: str, records: str, count: int, slots: int = 2
+) -> CacheKey:
     """The key of a cache.
 
     Args:
@@ -61,7 +63,7 @@ def cache_key(config: DataConfig, model: str, precision: str, records: str, coun
         model: fingerprint of the model's VAE and text encoders.
         precision: number format the encoders run in (`fp32`, `bf16`, `fp16`).
         records: digest of the records (`records_digest`).
-        count: number of records.
+        count: number of records. slots: images of each.
     """
     return CacheKey(
         {
@@ -76,6 +78,7 @@ def cache_key(config: DataConfig, model: str, precision: str, records: str, coun
             "preprocessing": PREPROCESSING_VERSION,
             "records": records,
             "count": count,
+            "slots": slots,
         }
     )
 
@@ -96,7 +99,7 @@ def storage_dtype(precision: str) -> torch.dtype:
     return torch.float32 if precision == "fp32" else torch.float16
 
 
-def records_digest(records: Records, cache_dir: Path, progress: Progress | None = None) -> str:
+def records_digest(records: LazyRecords[Any], cache_dir: Path, progress: Progress | None = None) -> str:
     """Hash of the prompts and image bytes of all records, read from its note when the source is unchanged."""
     note = digest_note(records, cache_dir)
     if note is not None and note.exists():
@@ -107,17 +110,17 @@ def records_digest(records: Records, cache_dir: Path, progress: Progress | None 
     return digest
 
 
-def digest_note(records: Records, cache_dir: Path) -> Path | None:
+def digest_note(records: LazyRecords[Any], cache_dir: Path) -> Path | None:
     """The file that remembers a source's digest; None when nothing vouches for the source's contents."""
     return None if records.identity is None else cache_dir / "digests" / f"{records.identity}.txt"
 
 
-def _hash_records(records: Records, progress: Progress | None) -> str:
+def _hash_records(records: LazyRecords[Any], progress: Progress | None) -> str:
     total = hashlib.blake2b(digest_size=16)
     for i, record in enumerate(records):
         for prompt in record.prompts:
             total.update(hashlib.blake2b(prompt.encode(), digest_size=16).digest())
-        for image in (record.image_0, record.image_1):
+        for image in record.images:
             total.update(image_hash(image))
         if progress is not None:
             progress("reading records", i + 1, len(records))

@@ -1,123 +1,130 @@
-"""Where preference pairs come from: a file, a folder of shards, a hub id, or the package itself."""
+"""Where preference pairs come from: a file, a folder, a hub id, or the package itself."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import warnings
 from importlib.resources import files as package_files
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffalign.data.records import Records
+from diffalign.data.captions import perturb_rejected
+from diffalign.data.chosen_rejected import read_chosen_rejected
+from diffalign.data.degraded import with_degraded
+from diffalign.data.formats import ENDINGS, FOLDERS, Found, find, format_of_columns
+from diffalign.data.hpd import read_hpdv2, read_hpdv3
+from diffalign.data.image_reward_db import read_image_reward_files, read_image_reward_table
+from diffalign.data.jsonl import read_jsonl
+from diffalign.data.pair_folders import read_suffixes, read_twin_folders
+from diffalign.data.pickapic import read_pickapic
+from diffalign.data.records import Reading, Records
+from diffalign.data.tables import ParquetTable, Table, load_hub, read_schema
+from diffalign.data.webdataset import read_webdataset
 from diffalign.errors import DiffalignError
 
 if TYPE_CHECKING:
     from diffalign.config import DataConfig
 
-SUFFIXES = {".parquet": "pickapic", ".jsonl": "jsonl"}
 SHIPPED = "scenes:"
-SPLITS = (
-    "train",
-    "training",
-    "validation",
-    "val",
-    "valid",
-    "dev",
-    "test",
-    "validation_unique",
-    "test_unique",
-)
+OF_TABLES = {
+    "pickapic": read_pickapic,
+    "chosen_rejected": read_chosen_rejected,
+    "imagereward_db": read_image_reward_table,
+}
+OF_FILES = {
+    "jsonl": read_jsonl,
+    "hpdv2": read_hpdv2,
+    "hpdv3": read_hpdv3,
+    "imagereward_db": read_image_reward_files,
+    "webdataset": read_webdataset,
+}
+OF_FOLDERS = {"twin_folders": read_twin_folders, "suffixes": read_suffixes}
+FORMATS = ("auto", *ENDINGS, *FOLDERS)
 
 
 def open_records(config: DataConfig, split: str | None = None) -> Records:
-    """The records of `data.source`; `split` defaults to `data.split`.
+    """The records of `data.source`, with what `data.rejected_caption` and `data.degraded` make of them.
+
+    `split` defaults to `data.split`. Warns of what the reader left out.
 
     Raises:
         DiffalignError: the source is missing, unreadable, or holds no labelled record.
     """
-    return open_source(config.source, split or config.split, config.format, config.limit)
+    records = _configured(config, config.source, split or config.split)
+    if config.rejected_caption != "own":
+        records = perturb_rejected(records, config.rejected_caption)
+    return with_degraded(records, config.degraded) if config.degraded else records
 
 
 def open_held_out(config: DataConfig) -> Records | None:
     """The records of `data.held_out`, or None when none is configured; `data.limit` applies to them too."""
-    if config.held_out is None:
-        return None
-    return open_source(config.held_out, config.held_out_split, config.format, config.limit)
+    return None if config.held_out is None else _configured(config, config.held_out, config.held_out_split)
 
 
-def open_source(source: str, split: str = "train", format: str = "auto", limit: int | None = None) -> Records:
+def open_source(
+    source: str,
+    split: str = "train",
+    format: str = "auto",
+    limit: int | None = None,
+    pairs: str = "all",
+    votes: str = "winner",
+) -> Records:
     """Open a source of preference pairs; images are not read yet.
 
     Args:
         source: file, folder, hub id, or `scenes:NAME` for data shipped with the package.
-        split: split of a hub data set; in a folder, files named `{split}.*` or `{split}-*` are chosen when
-            there are any, else all files, sorted by name.
-        format: `pickapic` (parquet, hub), `jsonl`, or `auto` (by file name).
+        split: split of a hub data set; in a folder, files of this split (`formats.find`).
+        format: one of `FORMATS`; `auto`: by file names and columns.
         limit: use only the first so many labelled records.
+        pairs: which pairs a ranking gives (`rankings.ranking_pairs`).
+        votes: what several votes on a pair mean (`records.Reading`).
 
     Raises:
         DiffalignError: the source is missing, unreadable, or holds no labelled record.
     """
+    if format not in FORMATS:
+        raise DiffalignError(f"data.format is {format!r}; expected one of: {', '.join(FORMATS)}.")
+    reading = Reading(limit, pairs, votes)
     path = _shipped(source) if source.startswith(SHIPPED) else Path(source).expanduser()
     if not path.exists() and _looks_like_hub_id(source):
-        from diffalign.data.pickapic import read_hub
-
-        return _not_empty(read_hub(source, split, limit))
+        return _not_empty(_read_table(load_hub(source, split), format, reading))
     if not path.exists():
         raise DiffalignError(
             f"no preference data at {source!r}: there is no such file or folder, and it is not a hub id "
-            "(owner/name). Set data.source to a .parquet or .jsonl file, a folder of them, a hub id, or "
+            "(owner/name). Set data.source to a .parquet, .jsonl, .json or .tar file, a folder, a hub id, or "
             "scenes:preferences."
         )
-    found = _files(path, split, format)
-    return _not_empty(_read(found, format, limit))
+    return _not_empty(_read(find(path, split, format), reading))
 
 
-def _read(found: Sequence[Path], format: str, limit: int | None) -> Records:
-    kind = SUFFIXES[found[0].suffix] if format == "auto" else format
-    if kind == "jsonl":
-        from diffalign.data.jsonl import read_jsonl
-
-        return read_jsonl(found, limit)
-    from diffalign.data.pickapic import read_parquet
-
-    return read_parquet(found, limit)
+def _configured(config: DataConfig, source: str, split: str) -> Records:
+    records = open_source(source, split, config.format, config.limit, config.pairs, config.votes)
+    for note in records.notes:
+        warnings.warn(f"{records.description}: left out {note}", stacklevel=3)
+    return records
 
 
-def _files(path: Path, split: str, format: str) -> list[Path]:
-    """The files of a source, sorted; all of one kind."""
-    if path.is_file():
-        if format == "auto" and path.suffix not in SUFFIXES:
-            raise DiffalignError(
-                f"{path} ends in {path.suffix or 'nothing'}; expected .parquet (Pick-a-Pic schema) or "
-                ".jsonl. Rename it, or set data.format to pickapic or jsonl."
-            )
-        return [path]
-    wanted = [suffix for suffix, kind in SUFFIXES.items() if format in ("auto", kind)]
-    for folder, suffix in product((path, path / "data"), wanted):  # downloaded hub data sets have `data/`
-        # Hidden files are leftovers of downloads and archives (such as ._train-00000.parquet), never data.
-        found = sorted(file for file in folder.glob(f"*{suffix}") if not file.name.startswith("."))
-        if found:
-            return _of_split(found, split)
-    raise DiffalignError(
-        f"folder {path} holds no {' or '.join(f'*{suffix}' for suffix in wanted)} file. Expected shards such "
-        f"as {split}-00000.parquet directly in it; set data.source to the folder that holds them."
-    )
+def _read(found: Found, reading: Reading) -> Records:
+    if found.format in OF_FOLDERS:
+        return OF_FOLDERS[found.format](found.paths[0], reading)
+    if found.format in OF_TABLES and (found.format not in OF_FILES or _holds_pictures(found)):
+        return _read_table(ParquetTable(found.paths), found.format, reading)
+    return OF_FILES[found.format](found.paths, reading)
 
 
-def _of_split(files: list[Path], split: str) -> list[Path]:
-    """The files of a split; all files when their names tell no split."""
-    splits = [re.split(r"[-.]", file.name)[0] for file in files]
-    if split in splits:
-        return [file for file, name in zip(files, splits, strict=True) if name == split]
-    named = sorted({name for name in splits if name in SPLITS})
-    if named:  # taking validation shards for training would spoil every later measurement
+def _holds_pictures(found: Found) -> bool:
+    """Whether parquet files hold pictures, and not only their names as ImageRewardDB's metadata do."""
+    return found.paths[0].suffix == ".parquet" and "image" in read_schema(found.paths[0]).names
+
+
+def _read_table(table: Table, format: str, reading: Reading) -> Records:
+    name = format_of_columns(table.schema.names, table.description) if format == "auto" else format
+    if name not in OF_TABLES:
         raise DiffalignError(
-            f"{files[0].parent} holds no files of split {split!r}; found: {', '.join(named)}. "
-            "Set data.split (or data.held_out_split) to one of them."
+            f"{table.description} is a table; data.format {name} cannot be read from one. Expected one of: "
+            f"{', '.join(OF_TABLES)}, or files on disk."
         )
-    return files
+    return OF_TABLES[name](table, reading)
 
 
 def _shipped(source: str) -> Path:
@@ -135,7 +142,8 @@ def _shipped(source: str) -> Path:
 
 
 def _looks_like_hub_id(source: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and Path(source).suffix not in SUFFIXES
+    known = {ending for endings in ENDINGS.values() for ending in endings}
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and Path(source).suffix not in known
 
 
 def _not_empty(records: Records) -> Records:

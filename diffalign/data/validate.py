@@ -39,6 +39,7 @@ class ValidationReport:
             when no held-out data were given. `overlapping` lists some of these prompts.
         usable_pairs: decided records with two good images: what `data.ties=drop` trains on.
         sizes: images per `WIDTHxHEIGHT`, most frequent first.
+        notes: what the reader left out, in words.
     """
 
     source: str = ""
@@ -59,6 +60,7 @@ class ValidationReport:
     sizes: dict[str, int] = field(default_factory=dict)
     faults: list[dict[str, Any]] = field(default_factory=list)
     overlapping: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def usable(self) -> bool:
@@ -108,6 +110,7 @@ class ValidationReport:
                 ("prompts shared with held-out", f"{self.overlap:,} of {self.held_out:,} held-out records")
             )
             lines += [("  shared prompt", prompt) for prompt in self.overlapping[:5]]
+        lines += [("left out", note) for note in self.notes]
         for f in self.faults:
             lines.append((f"  record {f['record']}, image {f['image']}", f"{f['source']} {f['reason']}"))
         hidden = self.missing_images + self.broken_images - len(self.faults)
@@ -141,6 +144,7 @@ def validate(
     """
     records = as_records(records)
     report = ValidationReport(records.description, len(records), records.unlabelled)
+    report.notes = list(records.notes)
     sizes: Counter[str] = Counter()
     seen: dict[tuple[bytes, ...], float] = {}
     for index, (record, images) in enumerate(_examined(records, max_pixels)):

@@ -1,13 +1,15 @@
-"""Puts the parts of a run together: model, trainer, cached pairs, and what is measured on the way."""
+"""Puts the parts of a run together: model, trainer, cached data, and what is measured on the way."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from diffalign.config import RunConfig, trainer_class, trainer_config
+from diffalign.engine.curriculum import check_curriculum, open_curriculum
+from diffalign.engine.fit import Fit, check_fit
 from diffalign.engine.parallel import Parallel
 from diffalign.progress import Reporter
 
@@ -15,7 +17,7 @@ GRID_PROMPTS = 8
 
 
 class Sized(Protocol):
-    """Anything with a number of pairs."""
+    """Anything with a number of pairs, pictures or groups."""
 
     def __len__(self) -> int: ...
 
@@ -27,11 +29,13 @@ class Ingredients:
     Fields:
         backbone: has `network`, `trainable_parameters()`, `trainable_state()`.
         trainer: has `fetch(draw)`, `loss(batch)`.
-        cache: the training pairs. evaluate: held-out metrics of the current weights, by full name.
+        cache: the training data. unit: what it counts in.
+        evaluate: held-out metrics of the current weights, by full name.
         pictures: a PIL image of samples of the current weights. export: writes the final files into a folder.
         summary: what a reader must know to judge the run's numbers.
         report: writes the report of the finished training into the run folder.
         monitor: watches for over-optimisation (`diffalign.evaluation.monitor`); its pictures replace `pictures`.
+        curriculum: which pairs are drawn when (`diffalign.engine.curriculum`); None: all of them all the time.
     """
 
     backbone: Any
@@ -43,31 +47,40 @@ class Ingredients:
     summary: str = ""
     report: Callable[[], Any] | None = None
     monitor: Any = None
+    curriculum: Any = None
+    unit: str = "pairs"
 
 
 def assemble(config: RunConfig, parallel: Parallel, reporter: Reporter) -> Ingredients:
-    """The real parts, by what the trainer learns from: latents of pairs, or judgements (reward models).
+    """The real parts, by what the trainer learns from: latents of pairs, pictures or groups, rollouts of the model
+    itself, or judgements (reward models).
 
     Raises:
-        DiffalignError: bad model, data or prompts.
+        DiffalignError: bad model, data or prompts, or ones that do not go together.
     """
-    if trainer_class(config).data == "judgements":
+    fit = check_fit(config)
+    check_curriculum(config, parallel.sharded)
+    if fit.kind == "rollouts":
+        from diffalign.engine.rollout_assembly import assemble_rollouts
+
+        return assemble_rollouts(config, parallel, reporter)
+    if fit.kind == "judgements":
         from diffalign.engine.scorer_assembly import assemble_scorer
 
         return assemble_scorer(config, parallel, reporter)
-    return assemble_generator(config, parallel, reporter)
+    return assemble_generator(config, fit, parallel, reporter)
 
 
-def assemble_generator(config: RunConfig, parallel: Parallel, reporter: Reporter) -> Ingredients:
-    """The parts of a run that tunes a generator: pairs are encoded on first use, by the first process; the others
+def assemble_generator(config: RunConfig, fit: Fit, parallel: Parallel, reporter: Reporter) -> Ingredients:
+    """The parts of a run that tunes a generator: data is encoded on first use, by the first process; the others
     wait for its files.
 
     Raises:
         DiffalignError: bad model, data or prompts.
     """
     opened = OpenedOnce(config, parallel)
-    pictures = _picture_prompts(config)
-    cache, held_out = open_caches(config, opened, parallel.is_main, reporter)
+    pictures = picture_prompts(config)
+    cache, held_out = open_caches(config, fit, opened, parallel.is_main, reporter)
     backbone = opened()
     backbone.release_encoders()
     options = trainer_config(config)
@@ -80,16 +93,36 @@ def assemble_generator(config: RunConfig, parallel: Parallel, reporter: Reporter
         held_out=None if held_out is None else _held_out_draws(config, held_out),
         progress=reporter,
     )
+    evaluate = None if held_out is None else lambda: _held_out_metrics(config, trainer, backbone, held_out)
+    parts = generator_parts(config, trainer, cache, evaluate, pictures, reporter)
+    return replace(parts, curriculum=open_curriculum(config, cache))
+
+
+def generator_parts(
+    config: RunConfig,
+    trainer: Any,
+    cache: Any,
+    evaluate: Callable[[], dict[str, float]] | None,
+    pictures: list[Any],
+    reporter: Reporter,
+) -> Ingredients:
+    """What every run that tunes a generator is made of, around a trainer that has its data.
+
+    Args:
+        pictures: prompts of the sample grid (`picture_prompts`).
+    """
+    backbone = trainer.backbone
     return Ingredients(
         backbone,
         trainer,
         cache,
-        None if held_out is None else lambda: _held_out_metrics(config, trainer, backbone, held_out),
+        evaluate,
         None if not pictures else lambda: _sample_grid(config, backbone, pictures),
         lambda folder: _export(config, backbone, folder),
-        _summary(config, options, backbone),
+        _summary(config, trainer.config, backbone),
         lambda: _report(config),
         _monitor(config, backbone, reporter),
+        unit=cache.unit,
     )
 
 
@@ -119,39 +152,73 @@ class OpenedOnce:
 
 
 def open_data(config: RunConfig, parallel: Parallel, reporter: Reporter) -> tuple[Any, Any]:
-    """Training pairs and held-out pairs (None when there are none) of a recipe, encoded where still missing.
+    """Training data and held-out pairs (None when there are none) of a recipe, encoded where still missing.
 
     Raises:
-        DiffalignError: bad model or data, or a full disk.
+        DiffalignError: bad model or data, ones that do not go together, or a full disk.
     """
-    if trainer_class(config).data == "judgements":
+    fit = check_fit(config)
+    if fit.kind == "rollouts":
+        from diffalign.engine.rollout_assembly import open_rollouts
+
+        return open_rollouts(config, OpenedOnce(config, parallel), parallel.is_main, reporter)
+    if fit.kind == "judgements":
         from diffalign.engine.scorer_assembly import ClipOnce, open_judged
 
         return open_judged(config, ClipOnce(config, parallel.device), parallel.is_main, reporter)
-    return open_caches(config, OpenedOnce(config, parallel), parallel.is_main, reporter)
+    return open_caches(config, fit, OpenedOnce(config, parallel), parallel.is_main, reporter)
 
 
 def open_caches(
-    config: RunConfig, opener: Callable[[], Any], builder: bool, reporter: Reporter
+    config: RunConfig, fit: Fit, opener: Callable[[], Any], builder: bool, reporter: Reporter
 ) -> tuple[Any, Any]:
-    """Cached training pairs and held-out pairs (None when there are none), encoded where still missing.
+    """Cached training data and held-out pairs (None when there are none), encoded where still missing.
 
     Raises:
         DiffalignError: bad data, or a full disk.
     """
     from diffalign.data.cache import build_cache
-    from diffalign.data.sources import open_held_out, open_records
+    from diffalign.data.sources import open_held_out
 
     def build(records: Any, data: Any) -> Any:
         return build_cache(records, opener, data, config.model, config.seed, reporter, builder)
 
-    cache = build(open_records(config.data), config.data)
-    records = open_held_out(config.data)
+    if fit.kind == "pairs":
+        cache = build(fit.records, config.data)
+    else:
+        cache = open_singles(config, fit, opener, builder, reporter)
+    # Whatever is trained on, held-out data are pairs; a format of pictures is not theirs.
+    paired = {"format": "auto"} if config.data.format == "pictures" else {}
+    records = open_held_out(config.data.model_copy(update=paired))
     if records is None:
         return cache, None
     # Controls and augmentation belong to training; held-out pairs are measured as they are.
-    plain = config.data.model_copy(update={"labels": "given", "flip": False})
+    plain = config.data.model_copy(update={"labels": "given", "flipped": 0.0, "flip": False})
     return cache, build(records, plain)
+
+
+def open_singles(
+    config: RunConfig, fit: Fit, opener: Callable[[], Any], builder: bool, reporter: Reporter
+) -> Any:
+    """Cached single pictures or groups. Pairs that are taken apart use the encoded images of the pairs.
+
+    Raises:
+        DiffalignError: no usable data, or a full disk.
+    """
+    from diffalign.data.picture_cache import GroupCache, PictureCache
+    from diffalign.data.store import open_encoded
+
+    assert fit.records is not None, "only judgements come without records"
+    store = open_encoded(fit.records, opener, config.data, config.model, reporter, builder)
+    if fit.kind == "pictures":
+        return PictureCache(store, fit.pictures(config))
+    cache = GroupCache(store, fit.pictures(config), trainer_config(config).group_size)
+    if cache.groups.left_out:
+        reporter.say(
+            f"{cache.groups.left_out} groups are left out: fewer than {cache.groups.size} pictures, not all judged, or "
+            "all tied"
+        )
+    return cache
 
 
 def _held_out_draws(config: RunConfig, cache: Any) -> Any:
@@ -170,7 +237,7 @@ def _held_out_metrics(config: RunConfig, trainer: Any, backbone: Any, cache: Any
     return {f"held_out/{name}": value for name, value in values.items()}
 
 
-def _picture_prompts(config: RunConfig) -> list[Any]:
+def picture_prompts(config: RunConfig) -> list[Any]:
     """Prompts of the sample grid, with seeds; read first, so that a bad file is noticed early."""
     if config.evaluation.prompts is None:
         return []
@@ -219,7 +286,7 @@ def _export(config: RunConfig, backbone: Any, folder: Path) -> None:
     lora = config.model.tune == "lora"
     file = (save_lora if lora else save_pipeline)(backbone, folder)
     form = "diffusers" if lora else "merged"
-    card = model_card(config.folder, config, form, file.name, backbone.source.pipeline_name)
+    card = model_card(config.folder, config, form, file.name, backbone.source)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

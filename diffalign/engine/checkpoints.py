@@ -4,6 +4,7 @@
         trainable.safetensors    the weights that are trained, by parameter name
         optimizer.safetensors    optimiser state as PARAMETER/KEY
         ema.safetensors          averaged weights (only when optim.ema is set)
+        reference.safetensors    the reference's weights (curriculum.reference: stage, from stage 2)
         state.json               counters, configuration, versions, size and CRC-32 of the files above
 
 Nothing is ever pickled. A folder is a checkpoint only if `state.json` is there and every file matches it.

@@ -20,6 +20,7 @@ from diffalign.engine.checkpoints import (
     restore_optimizer,
     restore_parameters,
 )
+from diffalign.engine.curriculum import Curriculum, anchored
 from diffalign.engine.optim import (
     LossScale,
     WeightAverage,
@@ -100,11 +101,20 @@ class Outcome:
 class Run:
     """Weights, optimiser and counters of a run on one process."""
 
-    def __init__(self, config: RunConfig, parallel: Parallel, backbone: Trainable, trainer: Loss):
+    def __init__(
+        self,
+        config: RunConfig,
+        parallel: Parallel,
+        backbone: Trainable,
+        trainer: Loss,
+        curriculum: Curriculum | None = None,
+    ):
         self.config, self.parallel = config, parallel
         self.backbone, self.trainer = backbone, trainer
         self.counters = Counters()
         self.meter = Meter()
+        self.curriculum = curriculum
+        self.anchor: list[Tensor] | None = None
         backbone.network = parallel.prepare(backbone.network)
         self.network = backbone.network
         named = backbone.trainable_parameters()
@@ -129,7 +139,10 @@ class Run:
         batch, rows = self.config.optim.batch_size, self.rows
         first = self.parallel.rank * rows
         for step in range(self.counters.step, self.config.optim.steps):
-            records = batch_records(self.config.seed, step, self.global_batch, size)
+            if self.curriculum is None:
+                records = batch_records(self.config.seed, step, self.global_batch, size)
+            else:
+                records = self.curriculum.records(self.config.seed, step, self.global_batch)
             draw = Draw(self.config.seed, step, records, range(self.global_batch), self.global_batch)
             for start in range(first, first + rows, batch):
                 yield draw.slice(start, start + batch)
@@ -143,6 +156,8 @@ class Run:
         counters = self.counters
         torch.manual_seed(derive_seed(self.config.seed, "dropout", counters.step, self.parallel.rank))
         set_learning_rate(self.optimizer, learning_rate(self.config.optim, counters.step))
+        if self.curriculum is not None and self.curriculum.refreshes(counters.step):
+            self.anchor = [parameter.detach().clone() for parameter in self.parameters]
         total = self._backward(batches)
         norm = gradient_norm(self.parameters, self.scale.value)
         # The only wait for the device in a step.
@@ -169,7 +184,8 @@ class Run:
         factor = self.parallel.world * self.scale.value / self.global_batch
         for index, batch in enumerate(islice(batches, micro_steps)):
             with self.parallel.accumulating(self.network, more_to_come=index + 1 < micro_steps):
-                losses, metrics = self.trainer.loss(batch.to(self.parallel.device))
+                with anchored(self.backbone, self.parameters, self.anchor):
+                    losses, metrics = self.trainer.loss(batch.to(self.parallel.device))
                 subtotal = losses.sum()
                 (subtotal * factor).backward()  # type: ignore[no-untyped-call]
             self.meter.add({"loss": losses, **metrics})
@@ -215,6 +231,8 @@ class Run:
         tensors = {"trainable": self.weights(), "optimizer": state}
         if self.average is not None:
             tensors["ema"] = parameter_tensors(self.names, self.average.shadow)
+        if self.anchor is not None:
+            tensors["reference"] = {n: whole(value) for n, value in zip(self.names, self.anchor, strict=True)}
         counters = {**asdict(self.counters), "skipped_in_a_row": 0}
         return Checkpoint(
             tensors,
@@ -241,6 +259,8 @@ class Run:
         )
         if self.average is not None:
             restore_parameters(self.names, self.average.shadow, tensors["ema"])
+        if "reference" in tensors:
+            self.anchor = [tensors["reference"][name].to(self.parallel.device) for name in self.names]
         known = {f.name for f in fields(Counters)}
         self.counters = Counters(**{k: v for k, v in state["counters"].items() if k in known})
         if self.scale.enabled:

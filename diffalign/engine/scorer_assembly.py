@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from diffalign.backbones.loading import choose_precision
-from diffalign.config import RunConfig, trainer_class, trainer_config
+from diffalign.config import DataConfig, RunConfig, trainer_class, trainer_config
 from diffalign.data.features import JudgedPairs, open_store
 from diffalign.data.judged import ANYBODY, judgements
 from diffalign.data.records import Records, files_identity
@@ -157,16 +157,18 @@ def open_judged(
     heads_only = config.model.tune == "head"
     dimensions = trainer_class(config).dimensions(trainer_config(config))
 
-    def opened(records: Records, names: tuple[str, ...] | None, labels: str) -> JudgedPairs:
-        data = config.data.model_copy(update={"labels": labels})
+    # Controls belong to training; held-out pairs are measured as they are.
+    plain = config.data.model_copy(update={"labels": "given", "flipped": 0.0})
+
+    def opened(records: Records, names: tuple[str, ...] | None, data: DataConfig) -> JudgedPairs:
         judged = judgements(records, data, dimensions, names, config.seed)
         if heads_only:
             return JudgedPairs(open_store(records, data, clip.identity, clip, reporter, builder), judged)
         return JudgedPairs(open_store(records, data, progress=reporter, builder=builder), judged)
 
-    train = opened(open_records(config.data), None, config.data.labels)
+    train = opened(open_records(config.data), None, config.data)
     held_out = open_held_out(config.data)
-    return train, None if held_out is None else opened(held_out, train.judgements.names, "given")
+    return train, None if held_out is None else opened(held_out, train.judgements.names, plain)
 
 
 def build_network(config: RunConfig, clip: ClipOnce, pairs: JudgedPairs) -> RewardNetwork:

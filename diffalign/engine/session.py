@@ -128,7 +128,7 @@ class Session:
     ):
         self.config, self.parallel, self.parts = config, parallel, parts
         self.reporter, self.signals = reporter, StopSignals(reporter.say)
-        self.run = Run(config, parallel, parts.backbone, parts.trainer)
+        self.run = Run(config, parallel, parts.backbone, parts.trainer, parts.curriculum)
         self.latest: dict[str, float] = {}
         self.log: MetricsLog | None = None
         self.saved_step: int | None = None
@@ -365,10 +365,10 @@ class Session:
         say = self.reporter.say
         say(
             f"{trained:,} trained weights on {self.parallel.device}; "
-            f"{len(self.parts.cache)} pairs, {epochs:.2f} epochs"
+            f"{len(self.parts.cache)} {self.parts.unit}, {epochs:.2f} epochs"
         )
         say(
-            f"step = {run.global_batch} pairs ({optim.batch_size} x {optim.accumulation} micro-steps x "
+            f"step = {run.global_batch} {self.parts.unit} ({optim.batch_size} x {optim.accumulation} micro-steps x "
             f"{self.parallel.world} processes); {optim.optimizer}, lr {optim.lr:g} after {optim.warmup} "
             f"warm-up steps, {optim.schedule}"
         )

@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor
 
 from diffalign.backbones import Backbone, model_family, open_backbone
-from diffalign.backbones.base import scheduler_process
 from diffalign.backbones.loading import Source, open_source, quiet
+from diffalign.backbones.schedule import scheduler_process
 from diffalign.config import RunConfig, load_run_config
 from diffalign.errors import DiffalignError
-from diffalign.export.lora_files import write_diffusers, write_kohya, write_peft
-from diffalign.export.model_card import kohya_metadata, model_card
+from diffalign.export.lora_files import write_diffusers, write_peft, write_single_file
+from diffalign.export.model_card import model_card, single_file_metadata
 
 Format = Literal["diffusers", "kohya", "peft", "merged"]
 WEIGHTS = Path("final") / "trainable.safetensors"
@@ -29,9 +28,9 @@ def export_run(
     """Write a finished run in the format of another tool, with a model card; returns the paths written.
 
     Args:
-        format: diffusers (`load_lora_weights`), kohya (ComfyUI, A1111), peft (adapter folder) or merged
-            (a whole pipeline with the trained weights in it). After full fine-tuning the pipeline is the only
-            format; diffusers and merged both give it.
+        format: diffusers (`load_lora_weights`), kohya (one file for ComfyUI, of UNets also for A1111), peft (adapter
+            folder) or merged (a whole pipeline with the trained weights in it). After full fine-tuning the pipeline
+            is the only format; diffusers and merged both give it.
         output: folder, created if needed.
         dtype: number format of a pipeline's weights; LoRA files keep the float32 they were trained in.
 
@@ -44,23 +43,23 @@ def export_run(
     config = load_run_config(run_folder)
     state = _trained_weights(run_folder)
     source = open_source(config.model)
-    pipeline_class = model_family(source.pipeline_name, config.model.path).pipeline_class
+    family = model_family(source.pipeline_name, config.model.path)
     output.mkdir(parents=True, exist_ok=True)
     if format == "merged" or config.model.tune == "full":
         paths = [_write_merged(config, state, format, output, dtype)]
         form = "merged"
     else:
-        paths = _write_lora(config, state, format, output, source, pipeline_class)
+        paths = _write_lora(config, state, format, output, source, family)
         form = format
     card = output / "README.md"
-    card.write_text(model_card(run_folder, config, form, paths[0].name, source.pipeline_name), "utf-8")
+    card.write_text(model_card(run_folder, config, form, paths[0].name, source), "utf-8")
     return [*paths, card]
 
 
 def save_lora(backbone: Backbone, folder: Path) -> Path:
     """Write the backbone's adapters as `pytorch_lora_weights.safetensors` in a folder, alpha included."""
     state = backbone.trainable_state()
-    return write_diffusers(backbone.pipeline_class, state, backbone.config.lora, Path(folder))
+    return write_diffusers(type(backbone), state, backbone.config.lora, Path(folder))
 
 
 def save_pipeline(backbone: Backbone, folder: Path, dtype: torch.dtype = torch.float16) -> Path:
@@ -75,7 +74,7 @@ def save_pipeline(backbone: Backbone, folder: Path, dtype: torch.dtype = torch.f
         )
     config: Any = backbone.core.config
     with torch.device("meta"):
-        network = UNet2DConditionModel.from_config(config)
+        network = backbone.network_class.from_config(config)
     weights = {name: value.detach().to("cpu", dtype) for name, value in backbone.core.state_dict().items()}
     network.load_state_dict(weights, assign=True)
     target = Path(folder) / PIPELINE
@@ -101,15 +100,15 @@ def _write_lora(
     format: Format,
     output: Path,
     source: Source,
-    pipeline_class: Any,
+    family: type[Backbone],
 ) -> list[Path]:
     lora = config.model.lora
     if format == "diffusers":
-        return [write_diffusers(pipeline_class, state, lora, output)]
+        return [write_diffusers(family, state, lora, output)]
     if format == "peft":
         return write_peft(state, lora, output, config.model.path)
-    metadata = kohya_metadata(config, source, scheduler_process(source).prediction)
-    return [write_kohya(state, lora, output / f"{config.name}.safetensors", metadata)]
+    metadata = single_file_metadata(config, source, scheduler_process(source).prediction)
+    return [write_single_file(family, state, lora, output / f"{config.name}.safetensors", metadata)]
 
 
 def _write_merged(
@@ -120,8 +119,9 @@ def _write_merged(
             f"the run tuned all weights, which have no {format} format; use merged: a whole pipeline."
         )
     # Merged in float32 on the CPU whatever the run used, so that the sum of base and adapters is not rounded.
-    plain = {"precision": "fp32", "attention": "auto", "compile": False, "gradient_checkpointing": False}
-    model = config.model.model_copy(update=plain)
+    plain = {"precision": "fp32", "quantize": "none", "attention": "auto"}
+    switched_off = {"compile": False, "gradient_checkpointing": False}
+    model = config.model.model_copy(update={**plain, **switched_off})
     backbone = open_backbone(model, device="cpu", resolution=config.data.resolution)
     backbone.load_trainable_state(state)
     if config.model.tune == "lora":

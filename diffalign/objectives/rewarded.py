@@ -6,6 +6,7 @@ Margins `h` `[B]` are differences of implicit rewards with beta inside them.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -51,10 +52,34 @@ def calibrated_rewards(rewards: Tensor) -> Tensor:
 def harmonic_reward(fidelity: Tensor, alignment: Tensor, share: float) -> Tensor:
     """`1 / (share / s_fidelity + (1 - share) / s_alignment)` of similarities in (0, 1].
 
-    Source: lambda-Harmonic reward of RPO for subject-driven generation (arXiv 2407.12164), share 0.3 to 0.7 in
-    validation and 0 in training. Its loss is DPO with beta 2, `sft_weight` 1 and p = sigmoid(reward gap).
+    Source: lambda-Harmonic reward of RPO for subject-driven generation (Miao et al. 2024, arXiv 2407.12164), with
+    similarities (1 + cosine) / 2 of ALIGN; share 0.3 to 0.7 in validation and 0 in training.
     """
     return 1 / (share / fidelity + (1 - share) / alignment)
+
+
+def harmonic_rpo_loss(
+    photo_error: Tensor,
+    photo_delta: Tensor,
+    sample_delta: Tensor,
+    preference: Tensor,
+    beta: float,
+    imitation: float = 1.0,
+) -> Tensor:
+    """`a l_photo - y log sigmoid(beta k) - (1 - y) log sigmoid(-beta k)`, `k = delta_sample - delta_photo`; `[B]`.
+
+    Args:
+        photo_error: policy's error on the photograph of the subject, `[B]`.
+        photo_delta, sample_delta: policy minus reference errors of the photograph and of a sample of the model, `[B]`.
+        preference: y = sigmoid(r_photo - r_sample) of their `harmonic_reward`, `[B]`. The release draws a coin with it.
+        imitation: weight a of the photograph's error; 1 in the release. The photograph is imitated whatever y says.
+
+    Source: RPO (arXiv 2407.12164), `train_sdxl.py` of the release with beta 1; `train.py` has none. k has no factor
+    1/2, so a beta here is half of a DPO beta.
+    """
+    margin = beta * (sample_delta - photo_delta)
+    ranked = -preference * F.logsigmoid(margin) - (1 - preference) * F.logsigmoid(-margin)
+    return imitation * photo_error + ranked
 
 
 def exponential_weights(rewards: Tensor, temperature: float = 1.0) -> Tensor:

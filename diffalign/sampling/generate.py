@@ -32,12 +32,14 @@ def generate_images(
 
     Args:
         model: a backbone (the policy; inside `backbone.reference()` the frozen model) or a pipeline.
-        guidance: classifier-free guidance scale; 1 or less turns it off.
+        guidance: classifier-free guidance scale; 1 or less turns it off. A network that is told its scale (LCM, FLUX.1
+            dev) is told this one, and SD-Turbo and SDXL-Turbo want 0.
         resolution: `(height, width)` in pixels; None is the backbone's, or the pipeline's own.
         progress: called after every batch with the number of pictures done.
 
     Raises:
-        DiffalignError: numbers of prompts and seeds differ, or there are none.
+        DiffalignError: numbers of prompts and seeds differ, or there are none; a consistency model has no such number
+            of steps.
     """
     if len(prompts) != len(seeds) or not prompts:
         raise DiffalignError(
@@ -46,14 +48,24 @@ def generate_images(
     if isinstance(model, Backbone):
         resolution = resolution or model.resolution
     size = {} if resolution is None else {"height": resolution[0], "width": resolution[1]}
+    options = {**size, **(model.call_options if isinstance(model, Backbone) else {})}
     batches: list[Tensor] = []
     with _ready(model) as pipeline:
+        _check_steps(pipeline, steps)
         for start in range(0, len(prompts), batch_size):
             rows = slice(start, start + batch_size)
-            batches.append(_batch(pipeline, prompts[rows], seeds[rows], steps, guidance, size))
+            batches.append(_batch(pipeline, prompts[rows], seeds[rows], steps, guidance, options))
             if progress is not None:
                 progress(min(start + batch_size, len(prompts)))
     return torch.cat(batches)
+
+
+def _check_steps(pipeline: Any, steps: int) -> None:
+    most = getattr(pipeline.scheduler.config, "original_inference_steps", steps)
+    if steps > most:
+        raise DiffalignError(
+            f"the number of steps is {steps}; expected at most {most}, which this consistency model was distilled at."
+        )
 
 
 def _batch(
@@ -62,7 +74,7 @@ def _batch(
     seeds: Sequence[int],
     steps: int,
     guidance: float,
-    size: dict[str, int],
+    options: dict[str, Any],
 ) -> Tensor:
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     images = pipeline(
@@ -71,7 +83,7 @@ def _batch(
         num_inference_steps=steps,
         guidance_scale=guidance,
         output_type="pt",
-        **size,
+        **options,
     ).images
     return images.float().cpu()
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks import timing
-from benchmarks.dpo_step import Settings, main, modes, open_step
+from benchmarks.dpo_step import Settings, main, modes, open_step, run_config
 
 CPU = torch.device("cpu")
 
@@ -56,6 +56,18 @@ def test_every_mode_runs_and_is_written(tmp_path, tiny_sdxl):
     assert written["rows"][0]["ratio"] == 1.0
     assert all(row["pairs_per_second"] == 2 / row["seconds"] for row in written["rows"])
     assert {"device", "threads", "torch"} <= written["machine"].keys()
+
+
+def test_compiled_modes_compile_our_steps_only(tiny_sdxl, tmp_path):
+    chosen = modes(["fp32", "bf16"], compiled=True)
+    assert [mode.name for mode in chosen if mode.compiled] == [
+        "ours, fp32, compiled",
+        "ours, bf16, compiled",
+        "ours, fp32, cached reference, compiled",
+        "ours, bf16, cached reference, compiled",
+    ]
+    settings = Settings(str(tiny_sdxl), "scenes:preferences", "attention", 2, "cpu", str(tmp_path))
+    assert [run_config(mode, settings).model.compile for mode in chosen] == [mode.compiled for mode in chosen]
 
 
 def test_the_reference_style_step_is_diffusion_dpo(tiny_sdxl):

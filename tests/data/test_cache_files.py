@@ -94,8 +94,8 @@ def test_half_precision_models_are_stored_in_half_the_space(tmp_path: Path) -> N
     fake = FakeBackbone()
     model = ModelConfig(path="fake", precision="bf16")
     cache = build_cache(records(2), lambda: fake, data_config(tmp_path), model)  # type: ignore[arg-type, return-value]
-    assert load_file(cache.folder / "pairs-00000.safetensors")["latents"].dtype == torch.float16
-    assert load_file(cache.folder / "pairs-00000.safetensors")["time_ids"].dtype == torch.float32
+    assert load_file(cache.folder / "records-00000.safetensors")["latents"].dtype == torch.float16
+    assert load_file(cache.folder / "records-00000.safetensors")["time_ids"].dtype == torch.float32
     batch = cache.fetch(draw(0, 1))
     assert batch.chosen.dtype == batch.conditioning_chosen.embeddings.dtype == torch.float32
     assert red(batch.chosen) == [0, 4]
@@ -151,10 +151,10 @@ def test_restart_continues_after_an_interruption(tmp_path: Path) -> None:
 
 def test_missing_and_truncated_shards_are_rebuilt_alone(tmp_path: Path) -> None:
     cache = build(tmp_path, records(8))
-    before = load_file(cache.folder / "pairs-00001.safetensors")["latents"]
-    damaged = cache.folder / "pairs-00001.safetensors"
+    before = load_file(cache.folder / "records-00001.safetensors")["latents"]
+    damaged = cache.folder / "records-00001.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-5])
-    (cache.folder / "pairs-00003.safetensors").unlink()
+    (cache.folder / "records-00003.safetensors").unlink()
     fake = FakeBackbone()
     build(tmp_path, records(8), fake)
     assert fake.encoded == 8
@@ -177,7 +177,7 @@ def test_opening_a_damaged_cache_names_the_file(tmp_path: Path) -> None:
 
 def test_shard_of_another_cache_is_not_used(tmp_path: Path) -> None:
     first, second = build(tmp_path, records(2)), build(tmp_path, records(2), resolution=8)
-    name = "pairs-00000.safetensors"
+    name = "records-00000.safetensors"
     (first.folder / name).write_bytes((second.folder / name).read_bytes())
     fake = FakeBackbone()
     assert build(tmp_path, records(2), fake).fetch(draw(0)).chosen.shape == (1, 3, 4, 4)

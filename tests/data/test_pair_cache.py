@@ -26,8 +26,8 @@ from pair_fakes import (
     write_pickapic,
 )
 
-from diffalign.data import cache as cache_module
 from diffalign.data import encode
+from diffalign.data import store as store_module
 from diffalign.data.cache import PairCache, build_cache
 from diffalign.data.records import PreferenceRecord
 from diffalign.data.sources import open_source
@@ -227,8 +227,8 @@ def test_shards_are_memory_mapped(tmp_path: Path) -> None:
     if not mapped.exists():
         pytest.skip("no /proc on this system")
     text = mapped.read_text()
-    assert str((cache.folder / "pairs-00000.safetensors").resolve()) in text
-    assert str((cache.folder / "pairs-00001.safetensors").resolve()) in text
+    assert str((cache.folder / "records-00000.safetensors").resolve()) in text
+    assert str((cache.folder / "records-00001.safetensors").resolve()) in text
 
 
 def test_a_batch_is_not_a_view_of_the_map(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_a_batch_is_not_a_view_of_the_map(tmp_path: Path) -> None:
 
 
 def test_other_processes_wait_for_the_builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(store_module, "POLL_SECONDS", 0.01)
     path = write_pickapic(
         tmp_path / "x.parquet", [pickapic_row("p", 1.0, encoded((8, 0, 0)), encoded((9, 9, 9)))]
     )
@@ -260,7 +260,7 @@ def test_other_processes_wait_for_the_builder(tmp_path: Path, monkeypatch: pytes
 
 
 def test_waiting_ends_with_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(store_module, "POLL_SECONDS", 0.01)
     with pytest.raises(DiffalignError, match=r"waited 0 s for .*index\.json"):
         build_cache(records(2), never_opened, data_config(tmp_path), MODEL, builder=False, timeout=0.02)
 

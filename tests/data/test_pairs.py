@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from pair_fakes import records
 
@@ -54,3 +55,17 @@ def test_chosen_and_rejected_of_a_record() -> None:
     record = PreferenceRecord("p", b"first", b"second", 0.0)
     assert (record.chosen, record.rejected, record.is_tie) == (b"second", b"first", False)
     assert PreferenceRecord("p", b"first", b"second", 0.5).is_tie
+
+
+def test_flipped_labels_are_a_share_that_the_seed_chooses():
+    many = as_records([PreferenceRecord("p", b"", b"", 1.0)] * 2000)
+    given = choose_pairs(many)
+    flipped, again, other = (choose_pairs(many, seed=seed, flipped=0.2) for seed in (0, 0, 1))
+    assert (given.chosen == 0).all()
+    assert abs(flipped.chosen.mean() - 0.2) < 0.03
+    np.testing.assert_array_equal(flipped.chosen, again.chosen)
+    assert (flipped.chosen != other.chosen).mean() > 0.2
+    # A share that grows keeps the records that were flipped already.
+    more = choose_pairs(many, flipped=0.4)
+    assert (more.chosen[flipped.chosen == 1] == 1).all()
+    assert (flipped.preference == 1).all()

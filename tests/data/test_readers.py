@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pair_fakes import data_config, encoded, pickapic_row, write_pickapic
 
-from diffalign.data import pickapic, sources
+from diffalign.data import pickapic, sources, tables
 from diffalign.data.records import read_image
 from diffalign.data.sources import open_held_out, open_records, open_source
 from diffalign.errors import DiffalignError
@@ -120,11 +120,10 @@ def test_random_access_over_row_groups_and_files(tmp_path: Path) -> None:
 
 
 def test_only_the_last_row_groups_stay_in_memory(tmp_path: Path) -> None:
-    found = open_source(str(write_pickapic(tmp_path / "a.parquet", rows(0, 8), row_group_size=1)))
-    for record in found:
+    table = tables.ParquetTable([write_pickapic(tmp_path / "a.parquet", rows(0, 8), row_group_size=1)])
+    for record in pickapic.read_pickapic(table):
         assert record.image_0
-    assert isinstance(found.images, pickapic.RowGroups)
-    assert len(found.images._groups) == pickapic.CACHED_ROW_GROUPS
+    assert len(table._groups) == 2 * tables.CACHED_ROW_GROUPS  # two columns of pictures
 
 
 def test_limit_keeps_the_first_labelled_records(tmp_path: Path) -> None:
@@ -187,7 +186,8 @@ def test_hub_images_column_is_not_decoded() -> None:
     dataset = datasets.Dataset.from_list(rows(0, 2))
     for name in ("jpg_0", "jpg_1"):
         dataset = dataset.cast_column(name, datasets.Image())
-    assert pickapic.read_dataset(dataset, "d")[1].image_0 == IMAGES[1]
+    found = pickapic.read_pickapic(tables.HubTable(dataset, "d"))
+    assert found[1].image_0 == IMAGES[1]
 
 
 def test_a_name_that_is_neither_path_nor_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,10 +211,10 @@ def test_missing_source_says_what_to_set(source: str) -> None:
 
 
 def test_folder_without_data_and_file_of_another_kind(tmp_path: Path) -> None:
-    with pytest.raises(DiffalignError, match=r"holds no \*\.parquet or \*\.jsonl"):
+    with pytest.raises(DiffalignError, match=r"holds no \*\.json or \*\.jsonl or \*\.parquet or \*\.tar"):
         open_source(str(tmp_path))
     (tmp_path / "x.csv").write_text("a,b")
-    with pytest.raises(DiffalignError, match=r"ends in \.csv; expected \.parquet"):
+    with pytest.raises(DiffalignError, match=r"ends in \.csv; expected \.json, \.jsonl, \.parquet"):
         open_source(str(tmp_path / "x.csv"))
 
 

@@ -1,0 +1,192 @@
+"""What the method matrix holds: methods, backbones, how each method is set on each backbone, and the tables."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Fields:
+        recipe: of `configs/`. overrides: on top of the recipe, on every backbone.
+        per_backbone: further overrides by backbone. not_for: backbones where it makes no sense, with the reason.
+    """
+
+    recipe: str
+    overrides: Mapping[str, object] = field(default_factory=dict)
+    per_backbone: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    not_for: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a method on a backbone with a seed, and with labels flipped by a share."""
+
+    method: str
+    backbone: str
+    seed: int
+    recipe: str
+    overrides: Mapping[str, object]
+    flipped: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """Name of the run's folder."""
+        noise = f"-flip{round(100 * self.flipped)}" if self.flipped else ""
+        method = self.method.replace(", ", "-").replace(" + ", "-").replace(" ", "-")
+        return f"{method}-{self.backbone}-s{self.seed}{noise}"
+
+
+BACKBONES: Mapping[str, Mapping[str, object]] = {
+    "tiny-sdxl": {"model.path": "scenes:tiny-sdxl", "model.precision": "bf16"},
+    "tiny-lcm": {
+        "model.path": "scenes:tiny-lcm",
+        "model.precision": "bf16",
+        "evaluation.steps": 4,
+    },
+    "tiny-sd3": {"model.path": "scenes:tiny-sd3", "model.precision": "bf16"},
+}
+"""Backbones of the columns, with what every method needs on them."""
+
+DPO = "scenes/dpo"
+
+
+def on_dpo(**options: object) -> Method:
+    """A loss on the Diffusion-DPO margin: the recipe of DPO with other trainer options."""
+    return Method(DPO, {f"trainer.{name}": value for name, value in options.items()})
+
+
+METHODS: Mapping[str, Method] = {
+    "dpo": on_dpo(),
+    "ipo": on_dpo(loss="ipo"),
+    "cdpo": on_dpo(label_smoothing=0.1),
+    "rdpo": on_dpo(label_flip=0.1),
+    "hinge": on_dpo(loss="hinge"),
+    "exo": on_dpo(loss="exo", label_smoothing=0.01),
+    "sppo": on_dpo(loss="sppo"),
+    "nca": on_dpo(loss="nca"),
+    "bce": on_dpo(loss="bce"),
+    "apo_zero": on_dpo(loss="apo_zero"),
+    "f-dpo js": on_dpo(divergence="js"),
+    "dpo + sft": on_dpo(sft_weight=0.3),
+    "dpo, safeguard": on_dpo(safeguard=0.9),
+    "mapo": Method("scenes/mapo"),
+    "simpo": Method("scenes/simpo"),
+    "kto": Method("scenes/kto"),
+    "dspo": Method("scenes/dspo"),
+    "inpo": Method("scenes/inpo"),
+    "sft": Method("scenes/sft"),
+}
+"""Rows of the table."""
+
+NOISE_LEVELS = (0.0, 0.2, 0.4)
+NOISE_METHODS = ("dpo", "cdpo", "rdpo", "ipo", "kto", "dpo + sft")
+
+
+def cells(
+    group: str, only: Sequence[str] | None, backbones: Sequence[str], seeds: Sequence[int]
+) -> list[Cell]:
+    """The cells of a group in the order they are run: seeds last, so that a table fills evenly.
+
+    Args:
+        group: `matrix`: methods and backbones. `label_noise`: methods on `tiny-sdxl` with labels reversed.
+
+    Raises:
+        ValueError: unknown group, method or backbone.
+    """
+    for given, known in ((only or [], METHODS), (backbones, BACKBONES)):
+        if unknown := set(given) - set(known):
+            raise ValueError(f"{sorted(unknown)} should be of: {', '.join(known)}")
+    if group == "label_noise":
+        names = [name for name in NOISE_METHODS if name in (only or NOISE_METHODS)]
+        return [
+            noisy(cell(name, "tiny-sdxl", seed), share)
+            for seed in seeds
+            for share in NOISE_LEVELS
+            for name in names
+        ]
+    if group != "matrix":
+        raise ValueError(f"group is {group!r}; expected matrix or label_noise")
+    return [
+        cell(name, backbone, seed)
+        for seed in seeds
+        for name in only or METHODS
+        for backbone in backbones
+        if backbone not in METHODS[name].not_for
+    ]
+
+
+def cell(name: str, backbone: str, seed: int) -> Cell:
+    """One cell with all its overrides."""
+    method = METHODS[name]
+    overrides = {**BACKBONES[backbone], **method.overrides, **method.per_backbone.get(backbone, {})}
+    return Cell(name, backbone, seed, method.recipe, overrides)
+
+
+def noisy(clean: Cell, share: float) -> Cell:
+    """The cell with a share of its labels reversed; methods that are told the share of wrong labels are told it.
+
+    A tenth of the bundled labels is wrong to begin with, so the share of wrong ones is 0.1 + 0.8 `share`.
+    """
+    if not share:
+        return clean
+    wrong = round(0.1 + 0.8 * share, 3)
+    told = {key: wrong for key in ("trainer.label_smoothing", "trainer.label_flip") if key in clean.overrides}
+    return replace(clean, overrides={**clean.overrides, **told, "data.flipped": share}, flipped=share)
+
+
+Result = tuple[Cell, Mapping[str, Any]]
+
+
+def table(results: Sequence[Result], group: str) -> list[str]:
+    """Markdown lines: methods by backbones (or by shares of flipped labels), gain in points with its interval."""
+    columns: Sequence[tuple[str, float]]
+    if group == "label_noise":
+        columns, rows = [("tiny-sdxl", share) for share in NOISE_LEVELS], list(NOISE_METHODS)
+        titles = [f"{share:.0%} flipped" for _, share in columns]
+    else:
+        columns, rows = [(backbone, 0.0) for backbone in BACKBONES], list(METHODS)
+        titles = [backbone for backbone, _ in columns]
+    lines = [f"| method | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+    for name in rows:
+        found = [
+            [r for c, r in results if (c.method, c.backbone, c.flipped) == (name, *at)] for at in columns
+        ]
+        words = [
+            gain(runs) or METHODS[name].not_for.get(at[0], "")
+            for runs, at in zip(found, columns, strict=True)
+        ]
+        if any(found):
+            lines.append(f"| {name} | {' | '.join(words)} |")
+    return lines
+
+
+def gain(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Points gained over the base: mean over seeds with the spread, or one run with its interval."""
+    judged = [run["metrics"]["scenes-judge"] for run in runs]
+    points = [100 * judge["difference"] for judge in judged]
+    if not points:
+        return ""
+    if len(points) == 1:
+        low, high = (100 * bound for bound in judged[0]["interval"])
+        return f"{points[0]:+.1f} ({low:+.1f} to {high:+.1f})"
+    each = ", ".join(f"{value:+.1f}" for value in points)
+    return f"{statistics.mean(points):+.1f} ± {statistics.stdev(points):.1f} ({each})"
+
+
+def table_of_settings(results: Sequence[Result]) -> list[str]:
+    """Markdown lines: what each method was run with besides its recipe, and the drift it took."""
+    lines = ["| cell | recipe | options | drift, nats |", "|---|---|---|---|"]
+    for cell, result in results:
+        options = ", ".join(
+            f"`{key}={value}`" for key, value in cell.overrides.items() if not key.startswith("model.p")
+        )
+        drift = result.get("drift") or {}
+        shown = f"{drift['kl']:.0f}" if drift.get("kl") is not None else ""
+        lines.append(f"| {cell.name} | {cell.recipe} | {options} | {shown} |")
+    return lines

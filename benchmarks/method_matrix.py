@@ -1,0 +1,112 @@
+"""Every method on every embedded backbone with an equal budget: what each gains over the base on held-out prompts.
+
+    python -m benchmarks.method_matrix run --folder runs/matrix --jobs 2
+    python -m benchmarks.method_matrix table --folder runs/matrix --out docs/method_matrix.md
+
+A cell is an ordinary `diffalign train` and `diffalign evaluate` in processes of their own. Finished cells are kept, so
+an interrupted matrix goes on where it stopped. What is in the matrix stands in `method_cells.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from benchmarks.method_cells import BACKBONES, Cell, Result, cells, table, table_of_settings
+
+app = typer.Typer(help=__doc__, no_args_is_help=True)
+console = Console()
+
+
+def commands(cell: Cell, folder: Path, steps: int, prompts: int) -> list[list[str]]:
+    """The two commands of a cell: training and evaluation."""
+    program = [sys.executable, "-m", "diffalign"]
+    fixed = {
+        "output_dir": folder,
+        "data.cache_dir": folder / "cache",
+        "seed": cell.seed,
+        "optim.steps": steps,
+        "checkpoint.every": steps,
+        "evaluation.every": 0,
+        "evaluation.monitor.num_prompts": 0,
+        "evaluation.num_prompts": prompts,
+    }
+    values = [f"{key}={value}" for key, value in {**cell.overrides, **fixed}.items()]
+    return [
+        [*program, "train", cell.recipe, f"name={cell.name}", *values],
+        [*program, "evaluate", str(folder / cell.name), "--rewards", "scenes-judge"],
+    ]
+
+
+def run_cell(cell: Cell, folder: Path, steps: int, prompts: int, threads: int) -> str:
+    """Train and evaluate a cell unless it is done; returns how it went in a line."""
+    result = folder / cell.name / "evaluation.json"
+    if result.is_file():
+        return f"{cell.name}: done before"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    log = folder / f"{cell.name}.log"
+    with log.open("w", encoding="utf-8") as stream:
+        for command in commands(cell, folder, steps, prompts):
+            done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
+            if done.returncode:
+                return f"{cell.name}: failed with exit code {done.returncode}, see {log}"
+    judge = json.loads(result.read_text(encoding="utf-8"))["metrics"]["scenes-judge"]
+    return f"{cell.name}: {judge['base']:.3f} to {judge['tuned']:.3f}"
+
+
+@app.command()
+def run(
+    folder: Annotated[Path, typer.Option(help="Where runs, caches and logs are kept.")] = Path("runs/matrix"),
+    only: Annotated[list[str] | None, typer.Option(help="Methods; default all.")] = None,
+    backbone: Annotated[list[str] | None, typer.Option(help="Backbones; default all.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Seeds; default 0.")] = None,
+    group: Annotated[str, typer.Option(help="matrix, or label_noise.")] = "matrix",
+    steps: Annotated[int, typer.Option(help="Optimiser steps of 16 pairs.")] = 200,
+    prompts: Annotated[int, typer.Option(help="Held-out prompts.")] = 288,
+    jobs: Annotated[int, typer.Option(help="Cells at once; the cores are shared out.")] = 1,
+) -> None:
+    """Run the cells that are not done."""
+    chosen = cells(group, only, backbone or list(BACKBONES), seed or [0])
+    folder.mkdir(parents=True, exist_ok=True)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ThreadPoolExecutor(jobs) as pool:
+        for line in pool.map(lambda cell: run_cell(cell, folder, steps, prompts, threads), chosen):
+            console.print(line)
+
+
+@app.command("table")
+def write_table(
+    folder: Annotated[Path, typer.Option(help="Where the runs are.")] = Path("runs/matrix"),
+    group: Annotated[str, typer.Option(help="matrix, or label_noise.")] = "matrix",
+    out: Annotated[Path | None, typer.Option(help="Markdown file; default the screen.")] = None,
+) -> None:
+    """Write the table of all finished cells."""
+    done = results(folder, cells(group, None, list(BACKBONES), list(range(10))))
+    text = "\n".join([*table(done, group), "", *table_of_settings(done)]) + "\n"
+    if out is None:
+        console.print(text, soft_wrap=True)
+    else:
+        out.write_text(text, encoding="utf-8")
+
+
+def results(folder: Path, wanted: Sequence[Cell]) -> list[Result]:
+    """Cells that are done, with their evaluations."""
+    found = []
+    for cell in wanted:
+        path = folder / cell.name / "evaluation.json"
+        if path.is_file():
+            found.append((cell, json.loads(path.read_text(encoding="utf-8"))))
+    return found
+
+
+if __name__ == "__main__":
+    app()
