@@ -39,7 +39,7 @@ from diffalign.sampling.transition import Kernel
 from diffalign.trainers.step_preference import StepPreferenceConfig, StepPreferenceTrainer
 
 Step = Callable[[], Any]
-OURS, RELEASE = "ours", "reference-style"
+OURS, RELEASE = "ours", "release"
 GUIDANCE, SAMPLER_STEPS, LEARNING_RATE = 5.0, 20, 1e-4
 MEMORY = [(method, tune) for tune in ("lora", "full") for method in ("dpo", "mapo", "simpo")]
 """Methods whose peak memory is taken: DPO asks a reference, the other two none."""
@@ -103,7 +103,7 @@ def open_steps(settings: Settings) -> dict[str, dict[str, Step]]:
     return {
         "mapo": open_pair_steps("mapo", "lora", ReferenceStyleMaPO, settings),
         "kto": open_pair_steps("kto", "full", ReferenceStyleKTO, settings),
-        "step_preference": open_transition_steps(settings),
+        "spo": open_transition_steps(settings),
     }
 
 

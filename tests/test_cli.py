@@ -300,8 +300,8 @@ SURFACE = {
     "cache": "overrides recipe",
     "data validate": "--format --held-out --held-out-split --json --limit --pairs --split source",
     "data relabel": (
-        "--batch-size --decide-ties --dry-run --format --hard --label-noise --limit --max-uncertainty --mode --on-error "
-        "--out --pairs --probability --rewards --split --temperature --threshold --trust --weights source"
+        "--batch-size --decide-ties --dry-run --format --hard --label-noise --limit --max-uncertainty --mode "
+        "--on-error --out --pairs --probability --rewards --split --temperature --threshold --trust --weights source"
     ),
     "data from-samples": (
         "--batch-size --chosen-ranks --format --guidance --min-margin --num --on-error --out --per-prompt --prompts "

@@ -1,7 +1,9 @@
 """The SD3 adapter gives what the diffusers pipeline gives: text, pictures, latents."""
 
 import itertools
+import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from diffalign.backbones import StableDiffusion3, model_fingerprint, open_backbo
 from diffalign.config import LoRAConfig, ModelConfig, RunConfig
 from diffalign.elbo import NoisedPairs, pair_errors
 from diffalign.errors import DiffalignError
+from diffalign.export import save_pipeline
 from diffalign.objectives.pairwise import dpo_loss, dpo_margin
 from diffalign.plan import _Kept, network_size
 from diffalign.sampling.generate import generate_images
@@ -98,6 +101,28 @@ def test_t5_can_be_left_out_and_another_cache_is_used(tiny_sd3, tiny_sd3_without
     assert model_fingerprint(with_t5) != model_fingerprint(clips)
     with pytest.raises(DiffalignError, match="StableDiffusionXLPipeline has no such part"):
         opened(tiny_sdxl, text_encoder_3=False)
+
+
+def test_a_model_may_name_another_number_of_t5_states_and_keeps_it(tiny_sd3_without_t5, tmp_path):
+    folder = shutil.copytree(tiny_sd3_without_t5, tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_max_sequence_length": 16}))
+    backbone, usual = opened(folder, tune="full"), opened(tiny_sd3_without_t5)
+    assert backbone.encode_prompts(PROMPTS).embeddings.shape == (4, 16 + 16, 48)
+    options = {
+        "output_type": "pt",
+        "num_inference_steps": 2,
+        "guidance_scale": 3.0,
+        "height": 64,
+        "width": 64,
+    }
+    pipeline = plain_pipeline(folder)
+    expected = pipeline(PROMPTS[0], generator=generators(1), max_sequence_length=16, **options).images
+    found = generate_images(backbone, PROMPTS[:1], [1], steps=2, guidance=3.0)
+    assert (found - expected).abs().max() < 1e-5
+    assert (found - generate_images(usual, PROMPTS[:1], [1], steps=2, guidance=3.0)).abs().max() > 0.01
+    saved = save_pipeline(backbone, tmp_path / "saved", torch.float32)
+    assert opened(saved).call_options == {"max_sequence_length": 16}
 
 
 def test_training_parts_load_neither_vae_nor_text_encoders(tiny_sd3, monkeypatch):

@@ -42,13 +42,13 @@ def test_forwards_of_a_pair(written):
     }
     assert counts == {
         # MaPO asks no reference.
-        ("mapo", "reference-style"): (2, 0, 1),
+        ("mapo", "release"): (2, 0, 1),
         ("mapo", "ours"): (2, 0, 1),
-        ("kto", "reference-style"): (2, 2, 2),
+        ("kto", "release"): (2, 2, 2),
         ("kto", "ours"): (2, 2, 2),
         # Two candidates, each doubled by guidance, through each of the networks; the shared state needs one of the two.
-        ("step_preference", "reference-style"): (4, 4, 4),
-        ("step_preference", "ours"): (2, 2, 2),
+        ("spo", "release"): (4, 4, 4),
+        ("spo", "ours"): (2, 2, 2),
     }
 
 
@@ -62,7 +62,7 @@ def test_result_says_what_was_measured(written):
         "repeats": 1,
         "warmup": 0,
     }
-    assert all(row["ratio"] == 1.0 for row in written["costs"] if row["step"] == "reference-style")
+    assert all(row["ratio"] == 1.0 for row in written["costs"] if row["step"] == "release")
     assert written["memory"] == []
 
 

@@ -1,0 +1,54 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+# Benchmarks are not part of the package.
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.method_cells import BACKBONES, METHODS, cell, cells, noisy, table
+from benchmarks.method_matrix import commands
+from diffalign.config import load_recipe, trainer_config
+
+
+def judged(difference, low, high):
+    return {"metrics": {"scenes-judge": {"difference": difference, "interval": [low, high]}}}
+
+
+@pytest.mark.parametrize("group", ["matrix", "label_noise"])
+def test_every_cell_is_a_valid_recipe_with_a_name_of_its_own(group, tmp_path):
+    found = cells(group, None, list(BACKBONES), [0, 1])
+    assert len({one.name for one in found}) == len(found)
+    for one in found:
+        overrides = commands(one, tmp_path, 10, 8)[0][5:]
+        config = load_recipe(one.recipe, overrides)
+        trainer_config(config)
+        assert config.seed == one.seed and config.optim.steps == 10
+
+
+def test_methods_that_assume_wrong_labels_are_told_how_many_there_are():
+    # A tenth is wrong to begin with; of 40 % reversed ones 0.1 * 0.6 + 0.9 * 0.4 = 0.42.
+    assert noisy(cell("cdpo", "tiny-sdxl", 0), 0.4).overrides["trainer.label_smoothing"] == 0.42
+    assert noisy(cell("rdpo", "tiny-sdxl", 0), 0.2).overrides["trainer.label_flip"] == 0.26
+    assert "trainer.label_smoothing" not in noisy(cell("dpo", "tiny-sdxl", 0), 0.4).overrides
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match=r"\['dqo'\] should be of: dpo"):
+        cells("matrix", ["dqo"], ["tiny-sdxl"], [0])
+    with pytest.raises(ValueError, match="expected matrix or label_noise"):
+        cells("everything", None, ["tiny-sdxl"], [0])
+
+
+def test_a_cell_shows_its_interval_and_several_seeds_their_spread():
+    first = cell(next(iter(METHODS)), "tiny-sdxl", 0)
+    second = cell(first.method, "tiny-lcm", 0), cell(first.method, "tiny-lcm", 1)
+    results = [
+        (first, judged(0.05, -0.012, 0.1)),
+        (second[0], judged(0.02, 0, 0)),
+        (second[1], judged(0.04, 0, 0)),
+    ]
+    lines = table(results, "matrix")
+    assert lines[0].startswith("| method | tiny-sdxl |")
+    assert lines[2].startswith(f"| {first.method} | +5.0 (-1.2 to +10.0) | +3.0 ± 1.4 (+2.0, +4.0) |")
+    assert len(lines) == 3
