@@ -84,6 +84,13 @@ METHODS: Mapping[str, Method] = {
 }
 """Rows of the table."""
 
+WRONG_ATTRIBUTES = "wrong-attributes"
+"""Folder of the pairs of the group `dual_captions`, beside the runs."""
+DUAL_CAPTIONS: Mapping[str, Mapping[str, object]] = {
+    "dual captions": {"trainer.captions": "dual"},
+    "one caption": {"trainer.captions": "shared"},
+}
+
 NOISE_LEVELS = (0.0, 0.2, 0.4)
 NOISE_METHODS = ("dpo", "cdpo", "rdpo", "ipo", "kto", "dpo + sft")
 
@@ -95,6 +102,7 @@ def cells(
 
     Args:
         group: `matrix`: methods and backbones. `label_noise`: methods on `tiny-sdxl` with labels reversed.
+            `dual_captions`: a caption for each picture or one for both, on pairs with wrong attributes.
 
     Raises:
         ValueError: unknown group, method or backbone.
@@ -110,8 +118,15 @@ def cells(
             for share in NOISE_LEVELS
             for name in names
         ]
+    if group == "dual_captions":
+        base = {**BACKBONES["tiny-sdxl"], "data.source": WRONG_ATTRIBUTES}
+        return [
+            Cell(name, "tiny-sdxl", seed, DPO, {**base, **options})
+            for seed in seeds
+            for name, options in DUAL_CAPTIONS.items()
+        ]
     if group != "matrix":
-        raise ValueError(f"group is {group!r}; expected matrix or label_noise")
+        raise ValueError(f"group is {group!r}; expected matrix, label_noise or dual_captions")
     return [
         cell(name, backbone, seed)
         for seed in seeds
@@ -146,7 +161,9 @@ Result = tuple[Cell, Mapping[str, Any]]
 def table(results: Sequence[Result], group: str) -> list[str]:
     """Markdown lines: methods by backbones (or by shares of flipped labels), gain in points with its interval."""
     columns: Sequence[tuple[str, float]]
-    if group == "label_noise":
+    if group == "dual_captions":
+        columns, rows, titles = [("tiny-sdxl", 0.0)], list(DUAL_CAPTIONS), ["tiny-sdxl"]
+    elif group == "label_noise":
         columns, rows = [("tiny-sdxl", share) for share in NOISE_LEVELS], list(NOISE_METHODS)
         titles = [f"{share:.0%} flipped" for _, share in columns]
     else:

@@ -21,7 +21,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmarks.method_cells import BACKBONES, Cell, Result, cells, table, table_of_settings
+from benchmarks.method_cells import BACKBONES, WRONG_ATTRIBUTES, Cell, Result, cells, table, table_of_settings
+from benchmarks.wrong_attributes import write_pairs
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 console = Console()
@@ -41,6 +42,7 @@ def commands(cell: Cell, folder: Path, steps: int, prompts: int) -> list[list[st
         "evaluation.num_prompts": prompts,
     }
     values = [f"{key}={value}" for key, value in {**cell.overrides, **fixed}.items()]
+    values = [value.replace(f"={WRONG_ATTRIBUTES}", f"={folder / WRONG_ATTRIBUTES}") for value in values]
     return [
         [*program, "train", cell.recipe, f"name={cell.name}", *values],
         [*program, "evaluate", str(folder / cell.name), "--rewards", "scenes-judge"],
@@ -69,7 +71,7 @@ def run(
     only: Annotated[list[str] | None, typer.Option(help="Methods; default all.")] = None,
     backbone: Annotated[list[str] | None, typer.Option(help="Backbones; default all.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seeds; default 0.")] = None,
-    group: Annotated[str, typer.Option(help="matrix, or label_noise.")] = "matrix",
+    group: Annotated[str, typer.Option(help="matrix, label_noise or dual_captions.")] = "matrix",
     steps: Annotated[int, typer.Option(help="Optimiser steps of 16 pairs.")] = 200,
     prompts: Annotated[int, typer.Option(help="Held-out prompts.")] = 288,
     jobs: Annotated[int, typer.Option(help="Cells at once; the cores are shared out.")] = 1,
@@ -77,6 +79,8 @@ def run(
     """Run the cells that are not done."""
     chosen = cells(group, only, backbone or list(BACKBONES), seed or [0])
     folder.mkdir(parents=True, exist_ok=True)
+    if group == "dual_captions":
+        write_pairs(folder / WRONG_ATTRIBUTES)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ThreadPoolExecutor(jobs) as pool:
         for line in pool.map(lambda cell: run_cell(cell, folder, steps, prompts, threads), chosen):
@@ -86,7 +90,7 @@ def run(
 @app.command("table")
 def write_table(
     folder: Annotated[Path, typer.Option(help="Where the runs are.")] = Path("runs/matrix"),
-    group: Annotated[str, typer.Option(help="matrix, or label_noise.")] = "matrix",
+    group: Annotated[str, typer.Option(help="matrix, label_noise or dual_captions.")] = "matrix",
     out: Annotated[Path | None, typer.Option(help="Markdown file; default the screen.")] = None,
 ) -> None:
     """Write the table of all finished cells."""

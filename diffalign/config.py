@@ -89,8 +89,8 @@ class DataConfig(StrictModel):
     source: str
     """File, folder, hub id, or `scenes:preferences` (shipped with the package): see docs/data_formats.md."""
     format: Literal[
-        "auto", "pickapic", "chosen_rejected", "jsonl", "hpdv2", "hpdv3", "imagereward_db", "webdataset", "twin_folders",
-        "suffixes", "pictures",
+        "auto", "pickapic", "chosen_rejected", "jsonl", "hpdv2", "hpdv3", "imagereward_db", "webdataset",
+        "twin_folders", "suffixes", "pictures",
     ] = "auto"  # fmt: skip
     """How the source is read; auto looks at files and columns, and asks where several formats fit."""
     kind: Literal["auto", "pairs", "pictures", "groups"] = "auto"
@@ -146,7 +146,7 @@ class CurriculumConfig(StrictModel):
     steps: int | None = Field(default=None, ge=1)
     """Optimiser steps of a stage; the last stage goes on until `optim.steps`."""
     gap: str = "label"
-    """What makes a pair clear. label: how sure its label is. A column of the data's `labels`: the gap by that aspect."""
+    """What makes a pair clear. label: how sure its label is. A name of the data's `labels`: the gap by that aspect."""
     keep: bool = False
     """Later stages also draw the pairs of earlier ones."""
     reference: Literal["base", "stage"] = "base"

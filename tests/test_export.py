@@ -8,10 +8,12 @@ import re
 import pytest
 import torch
 from diffusers import (
+    FluxPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
 )
 from diffusers.loaders.lora_conversion_utils import (
     _convert_non_diffusers_lora_to_diffusers,
@@ -327,6 +329,22 @@ def test_peft_folder_and_card_name_the_transformer(tiny_sd3, tmp_path):
     pipeline.transformer = PeftModel.from_pretrained(
         pipeline.transformer, str(tmp_path / "out")
     ).get_base_model()
+    assert_same_pictures(pipeline, backbone)
+
+
+@pytest.mark.parametrize(
+    ("model", "pipeline_class", "architecture"),
+    [("flux", FluxPipeline, "Flux.1-dev"), ("z_image", ZImagePipeline, "z-image")],
+)
+def test_single_files_of_other_transformers_load(request, tmp_path, model, pipeline_class, architecture):
+    folder = request.getfixturevalue(f"tiny_{model}")
+    run, backbone = finished_run(tmp_path / "run", folder, targets="attention+conv")
+    file, _ = export_run(run, "kohya", tmp_path / "out")
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata()["modelspec.architecture"] == f"{architecture}/lora"
+    pipeline = pipeline_class.from_pretrained(folder)
+    pipeline.load_lora_weights(tmp_path / "out", weight_name=file.name)
+    assert len(lora_layers(pipeline)) == len(backbone._lora_layers)
     assert_same_pictures(pipeline, backbone)
 
 

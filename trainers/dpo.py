@@ -60,10 +60,11 @@ class DPOConfig(PairOptions):
     beta_rejected: float | None = Field(default=None, ge=0)
     """Own beta of the rejected side. Below `beta`: less push away from rejected pictures, which is what damages
     details; null: the same."""
-    beta_weighting: Literal["constant", "noise_space"] = "constant"
+    beta_weighting: Literal["constant", "noise_space", "velocity_space"] = "constant"
     """Beta over time. noise_space: as if errors were those of the noise, which multiplies beta by alpha(t)^2 for v and
-    (1 - t)^2 for flow models (Flow-DPO's theory, which its authors found worse than constant) and changes nothing
-    for models that predict noise."""
+    (1 - t)^2 for flow models (Flow-DPO's theory, which its authors found worse than constant). velocity_space: as if
+    they were those of v, which divides beta by alpha(t)^2 for models that predict noise: for few-step models, whose
+    first step decides the picture where errors of the noise are tiny. `beta` has to be some 20 times smaller then."""
     dynamic_beta: float = Field(default=0.0, ge=0)
     """Raises beta by up to this factor for pairs whose label states a large reward gap; needs soft labels."""
     sft_weight: float = Field(default=0.0, ge=0)
@@ -198,9 +199,14 @@ def pair_losses(config: DPOConfig, rewards: PairRewards, preference: Tensor) -> 
 
 
 def beta_weight(process: Process, t: Tensor, weighting: str) -> Tensor | float:
-    """Factor on beta at times `t` `[B]`: 1, or what turns the network's own errors into errors of the noise."""
-    if weighting == "constant" or process.prediction == "epsilon":
+    """Factor on beta at times `t` `[B]`: 1, or what turns the network's own errors into those of noise or velocity.
+
+    For given x_t an error e of v is one of `alpha e` of the noise and of `-sigma e` of x0. So it is for the velocity of
+    flow models, with alpha = 1 - t.
+    """
+    if weighting == "constant":
         return 1.0
-    if process.prediction == "sample":
-        return process.snr(t)
-    return process.alpha_sigma(t)[0].square()
+    alpha, sigma = process.alpha_sigma(t)
+    own = {"epsilon": alpha, "sample": sigma}.get(process.prediction, torch.ones_like(alpha))
+    # `own` is the size of an error of v in the network's own terms.
+    return own.reciprocal().square() * (alpha.square() if weighting == "noise_space" else 1.0)

@@ -150,10 +150,11 @@ def check_options(config: RunConfig) -> None:
             f"trainer.time_weighting is logit_normal, which is for flow models; {config.model.path} has "
             f"{process.num_timesteps} discrete timesteps ({process.prediction}). Set trainer.time_weighting=uniform."
         )
-    if beta == "noise_space" and process.prediction == "epsilon":
+    predicts = {"epsilon": "noise", "v_prediction": "velocity", "flow": "velocity"}.get(process.prediction)
+    if beta == f"{predicts}_space":
         raise DiffalignError(
-            f"trainer.beta_weighting is noise_space, which changes nothing for {config.model.path}: it predicts noise. "
-            "It is for flow models and v prediction; set trainer.beta_weighting=constant."
+            f"trainer.beta_weighting is {beta}, which changes nothing for {config.model.path}: it predicts {predicts}. "
+            "Set trainer.beta_weighting=constant."
         )
 
 

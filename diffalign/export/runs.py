@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffalign.backbones import Backbone, model_family, open_backbone
-from diffalign.backbones.loading import Source, open_source, quiet
+from diffalign.backbones.loading import INDEX, Source, open_source, quiet
 from diffalign.backbones.schedule import scheduler_process
 from diffalign.config import RunConfig, load_run_config
 from diffalign.errors import DiffalignError
@@ -20,6 +21,7 @@ from diffalign.export.model_card import model_card, single_file_metadata
 Format = Literal["diffusers", "kohya", "peft", "merged"]
 WEIGHTS = Path("final") / "trainable.safetensors"
 PIPELINE = "pipeline"
+DIFFUSERS_ENTRIES = ("_class_name", "_diffusers_version", "_name_or_path")
 
 
 def export_run(
@@ -81,7 +83,15 @@ def save_pipeline(backbone: Backbone, folder: Path, dtype: torch.dtype = torch.f
     pipeline = backbone.load_pipeline(network, dtype)
     with quiet():
         pipeline.save_pretrained(target)
+    _keep_own_entries(backbone.source, target / INDEX)
     return target
+
+
+def _keep_own_entries(source: Source, index: Path) -> None:
+    """Add to a pipeline's index what its model says there of itself and diffusers does not know."""
+    written = json.loads(index.read_text(encoding="utf-8"))
+    own = {k: v for k, v in source.index.items() if k.startswith("_") and k not in DIFFUSERS_ENTRIES}
+    index.write_text(json.dumps({**written, **own}, indent=2) + "\n", encoding="utf-8")
 
 
 def _trained_weights(run_folder: Path) -> dict[str, Tensor]:

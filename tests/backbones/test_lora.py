@@ -31,6 +31,19 @@ def test_presets_reach_the_layers_they_name(tiny_sdxl):
     assert all(isinstance(core.get_submodule(name), nn.Linear) for name in linear)
 
 
+def test_presets_stay_inside_the_blocks_of_flux(tiny_flux):
+    core = opened(tiny_flux, tune="full").core
+    single, double = "single_transformer_blocks.0", "transformer_blocks.0"
+    attention = {f"{block}.attn.to_{n}" for block in (single, double) for n in "qkv"}
+    attention |= {f"{double}.attn.{n}" for n in ("to_out.0", "to_add_out")}
+    attention |= {f"{double}.attn.add_{n}_proj" for n in "qkv"}
+    assert set(target_modules(core, "attention")) == attention
+    forward = {f"{double}.{ff}.net.{n}" for ff in ("ff", "ff_context") for n in ("0.proj", "2")}
+    forward |= {f"{single}.proj_mlp", f"{single}.proj_out"}
+    assert set(target_modules(core, "attention+conv")) == attention | forward
+    assert set(target_modules(core, ["proj_out"])) == {"proj_out", f"{single}.proj_out"}  # as asked
+
+
 def test_a_list_names_endings_and_a_wrong_one_gets_the_nearest(tiny_sd):
     core = opened(tiny_sd, tune="full").core
     assert endings(target_modules(core, ["to_q", "attn2.to_k"])) == {"to_q", "to_k"}

@@ -1,21 +1,27 @@
+import io
 import sys
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 # Benchmarks are not part of the package.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.method_cells import BACKBONES, METHODS, cell, cells, noisy, table
 from benchmarks.method_matrix import commands
+from benchmarks.wrong_attributes import records
 from diffalign.config import load_recipe, trainer_config
+from diffalign.samples.judge import judge
 
 
 def judged(difference, low, high):
     return {"metrics": {"scenes-judge": {"difference": difference, "interval": [low, high]}}}
 
 
-@pytest.mark.parametrize("group", ["matrix", "label_noise"])
+@pytest.mark.parametrize("group", ["matrix", "label_noise", "dual_captions"])
 def test_every_cell_is_a_valid_recipe_with_a_name_of_its_own(group, tmp_path):
     found = cells(group, None, list(BACKBONES), [0, 1])
     assert len({one.name for one in found}) == len(found)
@@ -23,7 +29,7 @@ def test_every_cell_is_a_valid_recipe_with_a_name_of_its_own(group, tmp_path):
         overrides = commands(one, tmp_path, 10, 8)[0][5:]
         config = load_recipe(one.recipe, overrides)
         trainer_config(config)
-        assert config.seed == one.seed and config.optim.steps == 10
+        assert (config.seed, config.optim.steps) == (one.seed, 10)
 
 
 def test_methods_that_assume_wrong_labels_are_told_how_many_there_are():
@@ -36,7 +42,7 @@ def test_methods_that_assume_wrong_labels_are_told_how_many_there_are():
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match=r"\['dqo'\] should be of: dpo"):
         cells("matrix", ["dqo"], ["tiny-sdxl"], [0])
-    with pytest.raises(ValueError, match="expected matrix or label_noise"):
+    with pytest.raises(ValueError, match="expected matrix, label_noise or dual_captions"):
         cells("everything", None, ["tiny-sdxl"], [0])
 
 
@@ -52,3 +58,17 @@ def test_a_cell_shows_its_interval_and_several_seeds_their_spread():
     assert lines[0].startswith("| method | tiny-sdxl |")
     assert lines[2].startswith(f"| {first.method} | +5.0 (-1.2 to +10.0) | +3.0 ± 1.4 (+2.0, +4.0) |")
     assert len(lines) == 3
+
+
+def test_wrong_attribute_pairs_are_right_for_their_own_captions_only():
+    for record in islice(records(0), 40):
+        assert record.prompt != record.prompt_1
+        (right, wrong), prompts = (decoded(record.image_0), decoded(record.image_1)), record.prompts
+        assert judge(right, prompts[0]).correct
+        assert judge(wrong, prompts[1]).correct
+        assert not judge(wrong, prompts[0]).correct
+        assert (right != wrong).any()
+
+
+def decoded(image):
+    return np.asarray(Image.open(io.BytesIO(image)))

@@ -142,6 +142,8 @@ def test_options_of_flow_models_are_refused_on_others(tiny_sd: Path, tiny_sd_v: 
         assert "1000 discrete timesteps (epsilon)" in text
     noise_space = recipe("dpo", path=str(tiny_sd), trainer__beta_weighting="noise_space")
     assert "it predicts noise" in refused(noise_space)
+    velocity_space = recipe("dpo", path=str(tiny_sd_v), trainer__beta_weighting="velocity_space")
+    assert "it predicts velocity" in refused(velocity_space)
     assert (
         check_fit(recipe("dpo", path=str(tiny_sd_v), trainer__beta_weighting="noise_space")).kind == "pairs"
     )

@@ -113,7 +113,7 @@ def test_divergences_change_the_margin_and_dynamic_beta_scales_it(tiny_sdxl, fol
     torch.testing.assert_close(js, torch.nn.functional.logsigmoid(r_w) - torch.nn.functional.logsigmoid(r_l))
 
 
-def test_noise_space_weights_turn_native_errors_into_those_of_the_noise():
+def test_weights_turn_native_errors_into_those_of_noise_and_velocity():
     abar = torch.linspace(0.99, 0.01, 10, dtype=torch.float64)
     t, flow_t = torch.tensor([2, 7]), torch.tensor([0.25, 0.9])
     generator = torch.Generator().manual_seed(0)
@@ -126,6 +126,14 @@ def test_noise_space_weights_turn_native_errors_into_those_of_the_noise():
         weight = beta_weight(process, times, "noise_space")
         torch.testing.assert_close(native * weight, noise, rtol=1e-3, atol=1e-4)
         assert beta_weight(process, times, "constant") == 1.0
+        clean = process.to_x0(target + error, x_t, times) - x0
+        wrong = process.to_eps(target + error, x_t, times) - eps
+        alpha, sigma = (level.reshape(-1, 1, 1, 1) for level in process.alpha_sigma(times))
+        # What the network of a velocity would have got wrong: v = alpha eps - sigma x0, or eps - x0.
+        velocity = wrong - clean if prediction == "flow" else alpha * wrong - sigma * clean
+        weight = beta_weight(process, times, "velocity_space")
+        expected = velocity.square().flatten(1).mean(1)
+        torch.testing.assert_close(native * weight, expected, rtol=1e-3, atol=1e-4)
     flow = beta_weight(Process("flow"), flow_t, "noise_space")
     torch.testing.assert_close(flow, torch.tensor([0.5625, 0.01]))
 
