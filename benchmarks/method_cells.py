@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from benchmarks.relabelled import relabelled_name
+
 
 @dataclass(frozen=True)
 class Method:
@@ -47,6 +49,7 @@ BACKBONES: Mapping[str, Mapping[str, object]] = {
     "tiny-lcm": {
         "model.path": "scenes:tiny-lcm",
         "model.precision": "bf16",
+        "model.guidance_embedding": 4,
         "evaluation.steps": 4,
     },
     "tiny-sd3": {"model.path": "scenes:tiny-sd3", "model.precision": "bf16"},
@@ -56,9 +59,16 @@ BACKBONES: Mapping[str, Mapping[str, object]] = {
 DPO = "scenes/dpo"
 
 
+# The first step of a consistency model decides the picture, where errors of the noise are tiny.
+MARGIN_OPTIONS: Mapping[str, Mapping[str, object]] = {
+    "tiny-lcm": {"trainer.beta_weighting": "velocity_space", "trainer.beta": 25},
+    "tiny-sd3": {"trainer.time_weighting": "logit_normal", "trainer.beta": 500},
+}
+
+
 def on_dpo(**options: object) -> Method:
     """A loss on the Diffusion-DPO margin: the recipe of DPO with other trainer options."""
-    return Method(DPO, {f"trainer.{name}": value for name, value in options.items()})
+    return Method(DPO, {f"trainer.{name}": value for name, value in options.items()}, MARGIN_OPTIONS)
 
 
 METHODS: Mapping[str, Method] = {
@@ -93,6 +103,8 @@ DUAL_CAPTIONS: Mapping[str, Mapping[str, object]] = {
 
 NOISE_LEVELS = (0.0, 0.2, 0.4)
 NOISE_METHODS = ("dpo", "cdpo", "rdpo", "ipo", "kto", "dpo + sft")
+RELABELLED = "dpo, relabelled"
+"""Row of the label noise table: DPO on pairs that the ensemble relabelled."""
 
 
 def cells(
@@ -107,16 +119,19 @@ def cells(
     Raises:
         ValueError: unknown group, method or backbone.
     """
-    for given, known in ((only or [], METHODS), (backbones, BACKBONES)):
+    for given, known in ((only or [], [*METHODS, RELABELLED]), (backbones, BACKBONES)):
         if unknown := set(given) - set(known):
             raise ValueError(f"{sorted(unknown)} should be of: {', '.join(known)}")
     if group == "label_noise":
-        names = [name for name in NOISE_METHODS if name in (only or NOISE_METHODS)]
+        names = [
+            name for name in (*NOISE_METHODS, RELABELLED) if name in (only or (*NOISE_METHODS, RELABELLED))
+        ]
         return [
-            noisy(cell(name, "tiny-sdxl", seed), share)
+            relabelled(seed, share) if name == RELABELLED else noisy(cell(name, "tiny-sdxl", seed), share)
             for seed in seeds
             for share in NOISE_LEVELS
             for name in names
+            if share or name != RELABELLED
         ]
     if group == "dual_captions":
         base = {**BACKBONES["tiny-sdxl"], "data.source": WRONG_ATTRIBUTES}
@@ -155,6 +170,13 @@ def noisy(clean: Cell, share: float) -> Cell:
     return replace(clean, overrides={**clean.overrides, **told, "data.flipped": share}, flipped=share)
 
 
+def relabelled(seed: int, share: float) -> Cell:
+    """DPO on what the ensemble made of pairs with a share of their labels reversed."""
+    clean = cell("dpo", "tiny-sdxl", seed)
+    overrides = {**clean.overrides, "data.source": relabelled_name(share)}
+    return replace(clean, method=RELABELLED, overrides=overrides, flipped=share)
+
+
 Result = tuple[Cell, Mapping[str, Any]]
 
 
@@ -164,7 +186,8 @@ def table(results: Sequence[Result], group: str) -> list[str]:
     if group == "dual_captions":
         columns, rows, titles = [("tiny-sdxl", 0.0)], list(DUAL_CAPTIONS), ["tiny-sdxl"]
     elif group == "label_noise":
-        columns, rows = [("tiny-sdxl", share) for share in NOISE_LEVELS], list(NOISE_METHODS)
+        columns = [("tiny-sdxl", share) for share in NOISE_LEVELS]
+        rows = [*NOISE_METHODS, RELABELLED]
         titles = [f"{share:.0%} flipped" for _, share in columns]
     else:
         columns, rows = [(backbone, 0.0) for backbone in BACKBONES], list(METHODS)

@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +21,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmarks.method_cells import BACKBONES, WRONG_ATTRIBUTES, Cell, Result, cells, table, table_of_settings
+from benchmarks.method_cells import (
+    BACKBONES,
+    RELABELLED,
+    WRONG_ATTRIBUTES,
+    Cell,
+    Result,
+    cells,
+    table,
+    table_of_settings,
+)
+from benchmarks.relabelled import relabelled_name, write_relabelled
 from benchmarks.wrong_attributes import write_pairs
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
@@ -41,12 +51,27 @@ def commands(cell: Cell, folder: Path, steps: int, prompts: int) -> list[list[st
         "evaluation.monitor.num_prompts": 0,
         "evaluation.num_prompts": prompts,
     }
-    values = [f"{key}={value}" for key, value in {**cell.overrides, **fixed}.items()]
-    values = [value.replace(f"={WRONG_ATTRIBUTES}", f"={folder / WRONG_ATTRIBUTES}") for value in values]
+    values = [f"{key}={value}" for key, value in {**in_folder(cell.overrides, folder), **fixed}.items()]
     return [
         [*program, "train", cell.recipe, f"name={cell.name}", *values],
         [*program, "evaluate", str(folder / cell.name), "--rewards", "scenes-judge"],
     ]
+
+
+def in_folder(overrides: Mapping[str, object], folder: Path) -> Mapping[str, object]:
+    """Overrides with a data source that was made beside the runs as its path."""
+    source = str(overrides.get("data.source", ""))
+    made = source == WRONG_ATTRIBUTES or source.startswith(relabelled_name(0)[:-1])
+    return {**overrides, "data.source": folder / source} if made else overrides
+
+
+def make_data(chosen: Sequence[Cell], folder: Path) -> None:
+    """Write the data sets that cells need and nobody ships."""
+    for source in {str(cell.overrides.get("data.source", "")) for cell in chosen}:
+        if source == WRONG_ATTRIBUTES:
+            write_pairs(folder / source)
+    for share in {cell.flipped for cell in chosen if cell.method == RELABELLED}:
+        write_relabelled(folder, share)
 
 
 def run_cell(cell: Cell, folder: Path, steps: int, prompts: int, threads: int) -> str:
@@ -79,8 +104,7 @@ def run(
     """Run the cells that are not done."""
     chosen = cells(group, only, backbone or list(BACKBONES), seed or [0])
     folder.mkdir(parents=True, exist_ok=True)
-    if group == "dual_captions":
-        write_pairs(folder / WRONG_ATTRIBUTES)
+    make_data(chosen, folder)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ThreadPoolExecutor(jobs) as pool:
         for line in pool.map(lambda cell: run_cell(cell, folder, steps, prompts, threads), chosen):
