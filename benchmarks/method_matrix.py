@@ -97,12 +97,14 @@ def run(
     backbone: Annotated[list[str] | None, typer.Option(help="Backbones; default all.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seeds; default 0.")] = None,
     group: Annotated[str, typer.Option(help="matrix, label_noise or dual_captions.")] = "matrix",
+    share: Annotated[list[float] | None, typer.Option(help="Shares of flipped labels; default all.")] = None,
     steps: Annotated[int, typer.Option(help="Optimiser steps of 16 pairs.")] = 200,
     prompts: Annotated[int, typer.Option(help="Held-out prompts.")] = 288,
     jobs: Annotated[int, typer.Option(help="Cells at once; the cores are shared out.")] = 1,
 ) -> None:
     """Run the cells that are not done."""
-    chosen = cells(group, only, backbone or list(BACKBONES), seed or [0])
+    known = cells(group, only, backbone or list(BACKBONES), seed or [0])
+    chosen = [cell for cell in known if not share or cell.flipped in share]
     folder.mkdir(parents=True, exist_ok=True)
     make_data(chosen, folder)
     threads = max(1, (os.cpu_count() or 1) // jobs)

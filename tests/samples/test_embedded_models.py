@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import LCMScheduler, StableDiffusionXLPipeline
+from diffusers import LCMScheduler, StableDiffusion3Pipeline, StableDiffusionXLPipeline
 
 from diffalign.backbones import open_backbone
 from diffalign.config import ModelConfig
 from diffalign.evaluation.prompts import read_prompts, with_seeds
 from diffalign.process import Process
 from diffalign.rewards.scenes_judge import ScenesJudge
-from diffalign.samples import FOLDER, architectures, consistency
+from diffalign.samples import FOLDER, architectures, consistency, flow, training
 from diffalign.sampling.generate import generate_images
 
 
@@ -73,8 +73,28 @@ def test_tiny_lcm_is_trained_where_it_is_sampled():
         assert set(scheduler.timesteps.tolist()) <= grid
 
 
+def test_tiny_sd3_is_told_captions_as_its_pipeline_tells_them():
+    options = {"text_encoder_3": None, "tokenizer_3": None}
+    pipeline = StableDiffusion3Pipeline.from_pretrained(FOLDER / "tiny-sd3", **options)
+    captions = ["a red circle", "two black stars"]
+    encoders = [pipeline.text_encoder, pipeline.text_encoder_2]
+    width = pipeline.transformer.config.joint_attention_dim
+    tokens = training.tokenized(pipeline.tokenizer, captions)
+    with torch.no_grad():
+        states, pooled = flow.text_conditioning(encoders, tokens, width)
+        length = architectures.MAX_TOKENS
+        expected, _, expected_pooled, _ = pipeline.encode_prompt(
+            captions, None, None, do_classifier_free_guidance=False, max_sequence_length=length
+        )
+    torch.testing.assert_close(states, expected)
+    torch.testing.assert_close(pooled, expected_pooled)
+    cond = open_backbone(ModelConfig(path="scenes:tiny-sd3"), device="cpu").encode_prompts(captions)
+    torch.testing.assert_close(cond.embeddings, expected)
+
+
 @pytest.mark.parametrize(
-    ("model", "steps", "least"), [("scenes:tiny-lcm", 4, 0.7), ("scenes:tiny-lcm", 1, 0.4)]
+    ("model", "steps", "least"),
+    [("scenes:tiny-lcm", 4, 0.7), ("scenes:tiny-lcm", 1, 0.4), ("scenes:tiny-sd3", 16, 0.6)],
 )
 def test_the_shipped_models_draw_single_objects(model, steps, least):
     backbone = open_backbone(ModelConfig(path=model), device="cpu", resolution=64)
