@@ -60,7 +60,7 @@ class ModelConfig(StrictModel):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: much less memory, about a third slower."""
     compile: bool = False
-    """Compile the network: minutes at the start, then faster steps on GPUs."""
+    """Compile the network: a minute or more at the start, then faster steps. Needs a C++ compiler."""
     few_steps: int | None = Field(default=None, ge=1)
     """Few-step models (SDXL-Turbo: 4): train only at the timesteps that the sampler visits with so many steps. null:
     all of them; an LCM always trains at the timesteps it was distilled at."""

@@ -308,6 +308,23 @@ def test_pipeline_is_around_the_current_policy(tiny_sd):
     assert backbone.pipeline().unet is backbone.core
 
 
+@pytest.mark.slow
+def test_really_compiled_network_agrees_with_the_plain_one(tiny_sdxl):
+    """Compiles for minutes; policy and reference are two compiled programs, so they agree but for rounding."""
+    plain, fast = opened(tiny_sdxl), opened(tiny_sdxl, compile=True)
+    inputs = some_inputs(plain)
+    expected = plain.predict(*inputs)
+    policy, reference = fast.predict(*inputs), fast.predict(*inputs, reference=True)
+    torch.testing.assert_close(policy, expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(reference, policy, atol=2e-5, rtol=0)
+    for backbone, output in ((plain, expected), (fast, policy)):
+        output.square().mean().backward()
+        assert len(backbone.trainable_parameters()) > 0
+    pairs = zip(plain.trainable_parameters(), fast.trainable_parameters(), strict=True)
+    for (name, p), (_, q) in pairs:
+        torch.testing.assert_close(q.grad, p.grad, atol=1e-6, rtol=1e-3, msg=name)
+
+
 def test_compiled_network_predicts_the_same(tiny_sd, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function, **kwargs: compiled.append(function) or function)
