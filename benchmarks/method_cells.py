@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from benchmarks.relabelled import relabelled_name
+from benchmarks.relabelled import relabelled_name, wrong_share
 
 
 @dataclass(frozen=True)
@@ -159,13 +159,10 @@ def cell(name: str, backbone: str, seed: int) -> Cell:
 
 
 def noisy(clean: Cell, share: float) -> Cell:
-    """The cell with a share of its labels reversed; methods that are told the share of wrong labels are told it.
-
-    A tenth of the bundled labels is wrong to begin with, so the share of wrong ones is 0.1 + 0.8 `share`.
-    """
+    """The cell with a share of its labels reversed; methods that are told the share of wrong labels are told it."""
     if not share:
         return clean
-    wrong = round(0.1 + 0.8 * share, 3)
+    wrong = wrong_share(share)
     told = {key: wrong for key in ("trainer.label_smoothing", "trainer.label_flip") if key in clean.overrides}
     return replace(clean, overrides={**clean.overrides, **told, "data.flipped": share}, flipped=share)
 

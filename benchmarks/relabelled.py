@@ -15,6 +15,11 @@ SOURCE = "scenes:preferences"
 REWARD = "scenes-ensemble"
 
 
+def wrong_share(flipped: float) -> float:
+    """Share of wrong labels after flipping: a tenth of the bundled ones is wrong to begin with."""
+    return round(0.1 + 0.8 * flipped, 3)
+
+
 def relabelled_name(share: float) -> str:
     """Name of the folder with relabelled pairs."""
     return f"relabelled-{round(100 * share)}"
@@ -22,6 +27,8 @@ def relabelled_name(share: float) -> str:
 
 def write_relabelled(folder: Path, share: float, seed: int = 0) -> Path:
     """Reverse the labels that `data.flipped` would, let the ensemble flip back those it is sure of.
+
+    The command is told the share of wrong labels, as the losses are that allow for them.
 
     Returns the folder of the new pairs; one that is there is kept.
 
@@ -32,7 +39,8 @@ def write_relabelled(folder: Path, share: float, seed: int = 0) -> Path:
     if not out.is_dir():
         noisy = write_flipped(folder / f"flipped-{round(100 * share)}", share, seed)
         command = [sys.executable, "-m", "diffalign", "data", "relabel", str(noisy)]
-        options = ["--rewards", REWARD, "--mode", "flip", "--out", str(out)]
+        known = ["--label-noise", str(wrong_share(share))]
+        options = ["--rewards", REWARD, "--mode", "flip", *known, "--out", str(out)]
         subprocess.run([*command, *options], check=True)
     return out
 
