@@ -195,7 +195,7 @@ def table(results: Sequence[Result], group: str) -> list[str]:
             [r for c, r in results if (c.method, c.backbone, c.flipped) == (name, *at)] for at in columns
         ]
         words = [
-            gain(runs) or METHODS[name].not_for.get(at[0], "")
+            gain(runs) or (METHODS[name].not_for.get(at[0], "") if name in METHODS else "")
             for runs, at in zip(found, columns, strict=True)
         ]
         if any(found):

@@ -10,7 +10,7 @@ from PIL import Image
 # Benchmarks are not part of the package.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.method_cells import BACKBONES, METHODS, cell, cells, noisy, table
+from benchmarks.method_cells import BACKBONES, METHODS, RELABELLED, cell, cells, noisy, table
 from benchmarks.method_matrix import commands
 from benchmarks.wrong_attributes import records
 from diffalign.config import load_recipe, trainer_config
@@ -58,6 +58,14 @@ def test_a_cell_shows_its_interval_and_several_seeds_their_spread():
     assert lines[0].startswith("| method | tiny-sdxl |")
     assert lines[2].startswith(f"| {first.method} | +5.0 (-1.2 to +10.0) | +3.0 ± 1.4 (+2.0, +4.0) |")
     assert len(lines) == 3
+
+
+def test_flipped_and_relabelled_cells_stand_in_columns_of_their_share():
+    found = cells("label_noise", ["dpo", RELABELLED], ["tiny-sdxl"], [0])
+    lines = table([(one, judged(one.flipped, 0, 1)) for one in found], "label_noise")
+    assert lines[0] == "| method | 0% flipped | 20% flipped | 40% flipped |"
+    assert [line.count("+20.0") for line in lines[2:]] == [1, 1]
+    assert lines[3].startswith("| dpo, relabelled |  | +20.0")
 
 
 def test_wrong_attribute_pairs_are_right_for_their_own_captions_only():
