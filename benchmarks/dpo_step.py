@@ -212,8 +212,7 @@ def main(
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write all numbers here.")] = None,
 ) -> None:
     """Measure our Diffusion-DPO step against a reference-style one."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = timing.chosen_device(device)
     if device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
     with tempfile.TemporaryDirectory() as folder:

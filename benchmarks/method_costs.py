@@ -245,8 +245,7 @@ def main(
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write all numbers here.")] = None,
 ) -> None:
     """Measure steps of MaPO, KTO and SPO against their releases', and memory against DPO."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = timing.chosen_device(device)
     if device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
     with tempfile.TemporaryDirectory() as folder:

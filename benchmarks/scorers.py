@@ -113,8 +113,7 @@ def main(
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write all numbers here.")] = None,
 ) -> None:
     """Measure the throughput of scorers."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = timing.chosen_device(device)
     machine = timing.machine(torch.device(device))
     rows = [measure(tiny(name, device), 64, batch, repeats, warmup, device) for name in TINY]
     if large:

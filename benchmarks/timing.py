@@ -103,3 +103,10 @@ def cpu_name() -> str:
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.processor()}, {psutil.cpu_count()} cores"
+
+
+def chosen_device(name: str) -> str:
+    """`cpu` or `cuda` for `cpu`, `cuda`, or `auto`: a GPU if there is one."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"

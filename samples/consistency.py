@@ -11,6 +11,7 @@ import torch
 from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
 
+from diffalign.backbones.guidance import guidance_embedding
 from diffalign.process import Process, expand_as
 from diffalign.randomness import derive_seed
 from diffalign.samples import architectures, training
@@ -51,14 +52,6 @@ def consistency(process: Process, eps: Tensor, x_t: Tensor, t: Tensor) -> Tensor
     """The consistency function `c_skip x_t + c_out x0` of a noise prediction."""
     skip, out = boundary_scalings(t)
     return expand_as(skip, x_t) * x_t + expand_as(out, x_t) * process.to_x0(eps, x_t, t)
-
-
-def guidance_embedding(scale: Tensor) -> Tensor:
-    """Embedding `[B, D]` of guidance scales `[B]`, as the pipelines make it: sinusoids of 1000 (scale - 1)."""
-    half = architectures.TIME_WIDTH // 2
-    rates = torch.exp(torch.arange(half, device=scale.device) * -(np.log(10000.0) / (half - 1)))
-    angles = (scale.float() - 1)[:, None] * 1000.0 * rates[None]
-    return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 class Distillation:
@@ -109,7 +102,9 @@ class Distillation:
         states: Tensor,
         pooled: Tensor,
     ) -> Tensor:
-        eps = self._eps(net, x_t, t, states, pooled, timestep_cond=guidance_embedding(scale))
+        eps = self._eps(
+            net, x_t, t, states, pooled, timestep_cond=guidance_embedding(scale, architectures.TIME_WIDTH)
+        )
         return consistency(self.process, eps, x_t, t)
 
     @staticmethod

@@ -12,21 +12,19 @@ from diffusers import StableDiffusionPipeline
 from diffalign.backbones.base import Backbone
 from diffalign.conditioning import Conditioning
 
-PIPELINE_OPTIONS: dict[str, Any] = {
-    "safety_checker": None,
-    "feature_extractor": None,
-    "image_encoder": None,
-    "requires_safety_checker": False,
-}
-"""Without the safety checker, which blackens pictures."""
-
 
 class StableDiffusion(Backbone):
     """The unconditional branch is the encoded empty prompt; there is no size conditioning."""
 
     family = "sd"
     pipeline_class = StableDiffusionPipeline
-    pipeline_options = PIPELINE_OPTIONS
+    # Without the safety checker, which blackens pictures.
+    pipeline_options = {  # noqa: RUF012
+        "safety_checker": None,
+        "feature_extractor": None,
+        "image_encoder": None,
+        "requires_safety_checker": False,
+    }
 
     def _encode_text(self, pipeline: Any, prompts: list[str]) -> Conditioning:
         embeddings, _ = pipeline.encode_prompt(prompts, self.device, 1, do_classifier_free_guidance=False)

@@ -7,6 +7,7 @@ import torch
 from diffusers import LCMScheduler, StableDiffusion3Pipeline, StableDiffusionXLPipeline
 
 from diffalign.backbones import open_backbone
+from diffalign.backbones.guidance import guidance_embedding
 from diffalign.config import ModelConfig
 from diffalign.evaluation.prompts import read_prompts, with_seeds
 from diffalign.process import Process
@@ -32,7 +33,9 @@ def test_the_student_is_told_guidance_as_the_pipeline_tells_it():
     scale = torch.tensor([2.0, 4.0, 6.0])
     pipeline = StableDiffusionXLPipeline.get_guidance_scale_embedding
     expected = pipeline(None, scale - 1, embedding_dim=architectures.TIME_WIDTH)
-    torch.testing.assert_close(consistency.guidance_embedding(scale), expected, atol=2e-4, rtol=0)
+    torch.testing.assert_close(
+        guidance_embedding(scale, architectures.TIME_WIDTH), expected, atol=2e-4, rtol=0
+    )
 
 
 def test_the_student_starts_as_the_teacher_whatever_it_is_told():
@@ -42,7 +45,7 @@ def test_the_student_starts_as_the_teacher_whatever_it_is_told():
     added = {"text_embeds": torch.randn(2, 64), "time_ids": torch.full((2, 6), 64.0)}
     with torch.no_grad():
         plain = teacher(x, t, states, added_cond_kwargs=added).sample
-        told = consistency.guidance_embedding(torch.tensor([2.0, 6.0]))
+        told = guidance_embedding(torch.tensor([2.0, 6.0]), architectures.TIME_WIDTH)
         same = student(x, t, states, added_cond_kwargs=added, timestep_cond=told).sample
     torch.testing.assert_close(same, plain)
 
