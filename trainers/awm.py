@@ -7,29 +7,26 @@ update per round the gradient is that of the pre-training loss, each sample weig
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from diffalign.backbones.base import Backbone
-from diffalign.objectives.advantages import group_advantages, group_global_std_advantages
 from diffalign.objectives.forms import Form
 from diffalign.objectives.pairwise import squared_error
 from diffalign.objectives.weighted import Weighting, clipped_policy_loss, matching_log_prob
-from diffalign.sampling.collection import Collected
 from diffalign.trainers.forward_online import (
-    ForwardOptions,
-    ForwardTrainer,
     Noised,
     OldPolicy,
+    RelativeOptions,
+    RelativeTrainer,
     Retained,
-    whole_round,
 )
-from diffalign.trainers.online import CleanRows, Losses, Rows, sample_weights
+from diffalign.trainers.online import CleanRows, Losses
 
 
-class AWMConfig(ForwardOptions):
+class AWMConfig(RelativeOptions):
     """Advantage-weighted matching."""
 
     method: Literal["awm"] = "awm"
@@ -44,19 +41,13 @@ class AWMConfig(ForwardOptions):
     form: Form = "velocity"
     """What errors are taken of. output: what the network predicts, which for eps models does not blow up at high
     noise."""
-    advantage: Literal["group_global_std", "group"] = "group_global_std"
-    """Rewards minus their group's mean, over the round's deviation or over the group's."""
-    clip: float = Field(default=5.0, gt=0)
-    """Advantages are cut to this size, then divided by it."""
     retention: Retained = "copy"
     """Share of itself that the old policy, which draws the samples, keeps when a round begins; as for nft."""
     trust: float = Field(default=1.0, ge=0)
     """Weight of the squared distance to the old policy's output."""
-    kl: float = Field(default=1e-4, ge=0)
-    """Weight of the squared distance to the reference's output; 0 asks no reference. The authors: 1e-4 to 3e-3."""
 
 
-class AWMTrainer(ForwardTrainer):
+class AWMTrainer(RelativeTrainer):
     """Clipped ratios of matching errors, times advantages."""
 
     Config = AWMConfig
@@ -66,22 +57,8 @@ class AWMTrainer(ForwardTrainer):
         self.old = OldPolicy(backbone, config.retention)
         self._advantage = Tensor()
 
-    @classmethod
-    def needs_frozen_copy(cls, config: Any, tune: str) -> bool:
-        """Whether a second network has to be loaded: none is without a KL term."""
-        return config.kl > 0 and super().needs_frozen_copy(config, tune)
-
-    def learn(self, collected: Collected) -> tuple[Rows, dict[str, float]]:
-        """Advantages in [-1, 1], for samples of groups whose rewards differ."""
-        form = group_advantages if self.config.advantage == "group" else group_global_std_advantages
-        whole = whole_round(self, collected)
-        found = whole.advantages(form(whole.rewards, whole.places)).clamped(self.config.clip)
-        found = found.weighted(sample_weights(collected, self.config.uncertainty))
-        self._advantage = found.values / self.config.clip
-        return self._rows(collected, found.used), {
-            "used": float(found.used.float().mean()),
-            "advantage_size": float(found.values.abs().mean()),
-        }
+    def _judge(self, advantages: Tensor) -> None:
+        self._advantage = advantages / self.config.clip
 
     def loss(self, batch: CleanRows) -> Losses:
         """Losses and metrics `[B]`."""

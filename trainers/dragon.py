@@ -37,7 +37,15 @@ from diffalign.rewards.sets.rewards import SetReward
 from diffalign.sampling.collection import Collected
 from diffalign.sampling.rollout import chunks
 from diffalign.trainers.contrast_rows import ContrastRows, ContrastTable
-from diffalign.trainers.online import Losses, OnlineOptions, OnlineTrainer, Rows, sample_weights
+from diffalign.trainers.online import (
+    Losses,
+    OnlineOptions,
+    OnlineTrainer,
+    Rows,
+    WholeRound,
+    sample_weights,
+    whole_round,
+)
 from diffalign.trainers.pairs import pair_metrics
 
 # For means over latent elements; KTO's formula lacks the factor 1/2 of the DPO margin.
@@ -142,23 +150,21 @@ class DragonTrainer(OnlineTrainer):
     def learn(self, collected: Collected) -> tuple[Rows, dict[str, float]]:
         """Build both sets out of the round of all processes, and rows of pairs (dpo) or single samples (kto)."""
         options = self.config
-        numbers = self.gather(collected.numbers)
-        order = numbers.argsort()
-        contrast, found = self._sets(collected, order)
+        features = {} if collected.features is None else {"features": collected.features}
+        whole = whole_round(self.gather, collected, features)
+        contrast, found = self._sets(whole, collected.round)
         of_pairs = contrast.weights() if options.weighting == "gain" else torch.ones(len(contrast.positive))
-        own = torch.isin(numbers[order], collected.numbers)
+        own = torch.isin(whole["numbers"], collected.numbers)
         mine = own[contrast.positive]
         self._table = self._rows(collected, contrast.on(own), of_pairs[mine])
         return self._table.rows, found
 
-    def _sets(self, collected: Collected, order: Tensor) -> tuple[Contrast, dict[str, float]]:
-        """Both sets among the round's samples, those brought in the order of their numbers."""
-        options = self.config
-        places, rewards = self.gather(collected.places)[order], self.gather(collected.rewards)[order]
-        if collected.features is not None:
-            features = self.gather(collected.features)[order]
+    def _sets(self, whole: WholeRound, number: int) -> tuple[Contrast, dict[str, float]]:
+        """Both sets among the samples of round `number`."""
+        options, places, rewards = self.config, whole.places, whole.rewards
+        if "features" in whole.columns:
             groups = places if options.pairing == "paired" else torch.zeros_like(places)
-            return self._exchanged(features, groups, rewards.isfinite(), collected.round)
+            return self._exchanged(whole["features"], groups, rewards.isfinite(), number)
         if options.pairing == "paired":
             contrast = within_groups(rewards, places, options.pairs, options.min_gap)
         else:

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from diffalign.backbones.base import Backbone
 from diffalign.backbones.guidance import is_told_guidance
 from diffalign.backbones.snapshots import Snapshot
-from diffalign.objectives.advantages import Advantages
+from diffalign.objectives.advantages import group_advantages, group_global_std_advantages
 from diffalign.objectives.forms import Form, in_form
 from diffalign.objectives.nft import Retention, retention
 from diffalign.randomness import Draw
@@ -33,7 +32,9 @@ from diffalign.trainers.online import (
     Rows,
     SamplingOptions,
     State,
+    sample_weights,
     updates_of,
+    whole_round,
 )
 
 Retained = Retention | Annotated[float, Field(ge=0, lt=1)]
@@ -59,6 +60,17 @@ class ForwardOptions(OnlineOptions):
     guided: bool = False
     """With `sampling.guidance` above 1: train the guided prediction, for twice the cost. false: the conditional one,
     which then learns to give without guidance what was drawn with it."""
+
+
+class RelativeOptions(ForwardOptions):
+    """Options of methods that push samples by their advantages."""
+
+    advantage: Literal["group_global_std", "group"] = "group_global_std"
+    """Rewards minus their group's mean, over the round's deviation or over the group's."""
+    clip: float = Field(default=5.0, gt=0)
+    """Advantages are cut to this size and divided by it."""
+    kl: float = Field(default=1e-4, ge=0)
+    """Weight of the squared distance to the reference's output; 0 asks no reference."""
 
 
 @dataclass(frozen=True)
@@ -193,28 +205,26 @@ class ForwardTrainer(OnlineTrainer):
         return in_form(self.backbone.process, form, output, noised.x_t, noised.t)
 
 
-@dataclass(frozen=True)
-class WholeRound:
-    """A round's rewards over all processes, in the order of the samples' numbers.
+class RelativeTrainer(ForwardTrainer):
+    """Advantages of a round; a method adds `_judge` and `loss`."""
 
-    Fields:
-        rewards, places: `[N_all]`. own: `[N]` where this process's samples are among them.
-    """
+    @classmethod
+    def needs_frozen_copy(cls, config: Any, tune: str) -> bool:
+        """Whether a second network has to be loaded: none is without a KL term."""
+        return config.kl > 0 and super().needs_frozen_copy(config, tune)
 
-    rewards: Tensor
-    places: Tensor
-    own: Tensor
+    def learn(self, collected: Collected) -> tuple[Rows, dict[str, float]]:
+        """Judge the samples of groups whose rewards differ."""
+        form = group_advantages if self.config.advantage == "group" else group_global_std_advantages
+        whole = whole_round(self.gather, collected)
+        found = whole.advantages(form(whole.rewards, whole.places)).clamped(self.config.clip)
+        found = found.weighted(sample_weights(collected, self.config.uncertainty))
+        self._judge(found.values)
+        return self._rows(collected, found.used), {
+            "used": float(found.used.float().mean()),
+            "advantage_size": float(found.values.abs().mean()),
+        }
 
-    def advantages(self, found: Advantages) -> Advantages:
-        """Of this process's samples."""
-        return Advantages(found.values[self.own], found.used[self.own])
-
-
-def whole_round(trainer: OnlineTrainer, collected: Collected) -> WholeRound:
-    """Gather a round's rewards; every process must call this."""
-    numbers, rewards, places = (
-        trainer.gather(values) for values in (collected.numbers, collected.rewards, collected.places)
-    )
-    order = numbers.argsort()
-    own = torch.searchsorted(numbers[order], collected.numbers)
-    return WholeRound(rewards[order], places[order], own)
+    def _judge(self, advantages: Tensor) -> None:
+        """Take the advantages `[N]` of this process's samples, in [-clip, clip]."""
+        raise NotImplementedError

@@ -8,13 +8,12 @@ is `v_old + (2 / beta) Delta`, a step towards the good samples. The old policy d
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from diffalign.backbones.base import Backbone
-from diffalign.objectives.advantages import group_advantages, group_global_std_advantages
 from diffalign.objectives.forms import Form
 from diffalign.objectives.nft import (
     implicit_predictions,
@@ -23,19 +22,17 @@ from diffalign.objectives.nft import (
     reward_probability,
 )
 from diffalign.objectives.pairwise import squared_error
-from diffalign.sampling.collection import Collected
 from diffalign.trainers.forward_online import (
-    ForwardOptions,
-    ForwardTrainer,
     Noised,
     OldPolicy,
+    RelativeOptions,
+    RelativeTrainer,
     Retained,
-    whole_round,
 )
-from diffalign.trainers.online import CleanRows, Losses, Rows, sample_weights
+from diffalign.trainers.online import CleanRows, Losses
 
 
-class NFTConfig(ForwardOptions):
+class NFTConfig(RelativeOptions):
     """DiffusionNFT."""
 
     method: Literal["nft"] = "nft"
@@ -51,15 +48,9 @@ class NFTConfig(ForwardOptions):
     """Share of itself that the old policy keeps when a round begins. copy: none, the samples are the current policy's;
     ramp: 0.001 per optimiser step, at most 0.5; delayed: 0 for 75 steps, then 0.0075 per step, at most 0.999; or a
     number. More is slower and more stable."""
-    advantage: Literal["group_global_std", "group"] = "group_global_std"
-    """Rewards minus their group's mean, over the round's deviation or over the group's."""
-    clip: float = Field(default=5.0, gt=0)
-    """Advantages of this size make a sample wholly good or bad, larger ones too."""
-    kl: float = Field(default=1e-4, ge=0)
-    """Weight of the squared distance to the reference's output; 0 asks no reference."""
 
 
-class NFTTrainer(ForwardTrainer):
+class NFTTrainer(RelativeTrainer):
     """Positive and negative implicit predictions of noised samples."""
 
     Config = NFTConfig
@@ -70,22 +61,8 @@ class NFTTrainer(ForwardTrainer):
         self._probability = Tensor()
         self._normalised = config.form == "x0" if config.normalise is None else config.normalise
 
-    @classmethod
-    def needs_frozen_copy(cls, config: Any, tune: str) -> bool:
-        """Whether a second network has to be loaded: none is without a KL term."""
-        return config.kl > 0 and super().needs_frozen_copy(config, tune)
-
-    def learn(self, collected: Collected) -> tuple[Rows, dict[str, float]]:
-        """Probabilities of being good, for samples of groups whose rewards differ."""
-        form = group_advantages if self.config.advantage == "group" else group_global_std_advantages
-        whole = whole_round(self, collected)
-        found = whole.advantages(form(whole.rewards, whole.places))
-        found = found.weighted(sample_weights(collected, self.config.uncertainty))
-        self._probability = reward_probability(found.values, self.config.clip)
-        return self._rows(collected, found.used), {
-            "used": float(found.used.float().mean()),
-            "advantage_size": float(found.values.abs().mean()),
-        }
+    def _judge(self, advantages: Tensor) -> None:
+        self._probability = reward_probability(advantages, self.config.clip)
 
     def loss(self, batch: CleanRows) -> Losses:
         """Losses and metrics `[B]`."""

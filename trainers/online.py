@@ -7,7 +7,7 @@ the method turns them into rows: steps of trajectories, noised samples, or pairs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffalign.backbones.base import Backbone
 from diffalign.config import StrictModel
+from diffalign.objectives.advantages import Advantages
 from diffalign.process import Process
 from diffalign.randomness import Draw
 from diffalign.sampling.collection import Collected
@@ -325,6 +326,52 @@ class CleanTable:
             sample,
             draw,
         )
+
+
+@dataclass(frozen=True)
+class WholeRound:
+    """Columns of a round over all processes, in the order of the samples' numbers.
+
+    Fields:
+        columns: `[N_all, ...]` by name: rewards, places, and what else was asked for. own: `[N]` where this process's
+            samples are among them.
+    """
+
+    columns: dict[str, Tensor]
+    own: Tensor
+
+    @property
+    def rewards(self) -> Tensor:
+        """`[N_all]`; NaN where the reward failed."""
+        return self.columns["rewards"]
+
+    @property
+    def places(self) -> Tensor:
+        """`[N_all]` long: the group of each sample."""
+        return self.columns["places"]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.columns[name]
+
+    def advantages(self, found: Advantages) -> Advantages:
+        """Of this process's samples."""
+        return Advantages(found.values[self.own], found.used[self.own])
+
+
+def whole_round(
+    gather: Callable[[Tensor], Tensor], collected: Collected, more: Mapping[str, Tensor] | None = None
+) -> WholeRound:
+    """Gather a round; every process must call this.
+
+    Args:
+        gather: rows of all processes. more: further columns `[N, ...]` of this process.
+    """
+    numbers = gather(collected.numbers)
+    order = numbers.argsort()
+    own = {"rewards": collected.rewards, "places": collected.places, **(more or {})}
+    columns = {name: gather(values)[order] for name, values in own.items()}
+    columns["numbers"] = numbers[order]
+    return WholeRound(columns, torch.searchsorted(columns["numbers"], collected.numbers))
 
 
 def moved(batch: Any, device: torch.device) -> Any:

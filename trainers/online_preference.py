@@ -26,6 +26,7 @@ from torch import Tensor
 from diffalign.backbones.base import Backbone
 from diffalign.backbones.guidance import is_told_guidance
 from diffalign.backbones.snapshots import Snapshot
+from diffalign.config import UnitRange
 from diffalign.data.labelling import Labeller, check_labels, open_labeller
 from diffalign.errors import DiffalignError
 from diffalign.objectives.group_pairs import GroupPairs, PairChoice, judged_pairs, scored_pairs
@@ -83,7 +84,7 @@ class OnlinePreferenceConfig(OnlineOptions):
     """Assumed share of wrong labels."""
     time_weighting: Literal["uniform", "logit_normal"] = "uniform"
     """elbo: distribution of training times."""
-    time_range: tuple[float, float] = (0.0, 1.0)
+    time_range: UnitRange = (0.0, 1.0)
     """d3po, spo: which steps are used, by their place between clean (0) and noise (1)."""
     reference_every: int | None = Field(default=None, ge=1)
     """Rounds after which the reference becomes the policy. null: it is the base model, which bounds how far the run can
@@ -102,13 +103,6 @@ class OnlinePreferenceConfig(OnlineOptions):
     @classmethod
     def _labels_exist(cls, value: str) -> str:
         return check_labels(value)
-
-    @field_validator("time_range")
-    @classmethod
-    def _range_in_order(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not 0 <= value[0] < value[1] <= 1:
-            raise ValueError("should be two rising values in [0, 1]")
-        return value
 
     @model_validator(mode="after")
     def _options_fit(self) -> OnlinePreferenceConfig:

@@ -19,8 +19,8 @@ from diffalign.objectives.pairwise import squared_error
 from diffalign.objectives.rewarded import exponential_weights
 from diffalign.objectives.weighted import anchored_error
 from diffalign.sampling.collection import Collected
-from diffalign.trainers.forward_online import ForwardOptions, ForwardTrainer, WholeRound, whole_round
-from diffalign.trainers.online import CleanRows, Losses, Rows, sample_weights
+from diffalign.trainers.forward_online import ForwardOptions, ForwardTrainer
+from diffalign.trainers.online import CleanRows, Losses, Rows, WholeRound, sample_weights, whole_round
 
 
 class ORWConfig(ForwardOptions):
@@ -62,7 +62,7 @@ class ORWTrainer(ForwardTrainer):
     def learn(self, collected: Collected) -> tuple[Rows, dict[str, float]]:
         """A weight for every sample that has a reward."""
         certainty = sample_weights(collected, self.config.uncertainty)
-        self._weight = round_weights(whole_round(self, collected), self.config) * certainty
+        self._weight = round_weights(whole_round(self.gather, collected), self.config) * certainty
         known = collected.rewards.isfinite()
         weight = self._weight[known]
         return self._rows(collected, known), {

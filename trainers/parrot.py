@@ -30,6 +30,7 @@ from diffalign.trainers.online import (
     StepRows,
     StepTable,
     sample_weights,
+    whole_round,
 )
 
 Scaling = Literal["range", "deviation", "raw"]
@@ -101,14 +102,12 @@ class ParrotTrainer(OnlineTrainer):
         Raises:
             DiffalignError: the reward has no such components, or no step draws noise.
         """
-        points = self.gather(components(collected, self.config.rewards))
-        numbers, places = self.gather(collected.numbers), self.gather(collected.places)
-        order = numbers.argsort()
-        points, places = points[order], places[order]
+        points = components(collected, self.config.rewards)
+        whole = whole_round(self.gather, collected, {"points": points})
+        points, places, own = whole["points"], whole.places, whole.own
         front = front_mask(points, places if self.config.scope == "prompt" else torch.zeros_like(places))
-        told = numbers[order] % collected.samples % len(self.config.rewards)
+        told = whole["numbers"] % collected.samples % len(self.config.rewards)
         values = masked_rewards(points, told, front, self.config.scaling)
-        own = torch.searchsorted(numbers[order], collected.numbers)
         self._value = values[own] * sample_weights(collected, self.config.uncertainty)
         self._table = StepTable(collected, self._noisy_steps(collected))
         self._table.keep(front[own][self._table.sample])

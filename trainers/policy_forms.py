@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from diffalign.config import UnitRange
 from diffalign.errors import DiffalignError
 from diffalign.objectives.advantages import AdvantageForm
 from diffalign.randomness import generator
@@ -169,18 +170,11 @@ class PolicyGradientConfig(OnlineOptions):
     """moving: rounds between moves."""
     window_stride: int = Field(default=1, ge=0)
     """moving: steps per move; 0 stays at the noisiest."""
-    window_range: tuple[float, float] = (0.0, 1.0)
+    window_range: UnitRange = (0.0, 1.0)
     """Part of the steps that windows lie in, from noise (0) to clean (1)."""
     guidance_gradient: Literal["both", "conditional"] = "both"
     """Through which branches of guidance gradients flow. both: in one forward (DDPO). conditional: two thirds of the
     compute (Flow-GRPO); ratios then start at 1 up to rounding, since branches are run apart."""
-
-    @field_validator("window_range")
-    @classmethod
-    def _range_in_order(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not 0 <= value[0] < value[1] <= 1:
-            raise ValueError("should be two rising values in [0, 1]")
-        return value
 
     @model_validator(mode="after")
     def _values_of_the_form(self) -> PolicyGradientConfig:

@@ -37,8 +37,10 @@ from diffalign.trainers.online import (
     State,
     StepRows,
     StepTable,
+    WholeRound,
     moved,
     sample_weights,
+    whole_round,
 )
 from diffalign.trainers.pairs import elements_of
 from diffalign.trainers.policy_forms import (
@@ -130,11 +132,10 @@ class PolicyGradientTrainer(OnlineTrainer):
     def learn(self, collected: Collected) -> tuple[Rows, dict[str, float]]:
         """Advantages of the round, and the rows of the steps that are trained."""
         whole = self._whole(collected)
-        rewards, groups = whole["rewards"], whole["places"]
+        rewards, groups, own = whole.rewards, whole.places, whole.own
         found = self._advantages(whole).clamped(self.config.advantage_clip)
-        judged = replace(collected, rewards=rewards, std=whole.get("std"))
+        judged = replace(collected, rewards=rewards, std=whole.columns.get("std"))
         found = found.weighted(sample_weights(judged, self.config.uncertainty))
-        own = torch.searchsorted(whole["numbers"], collected.numbers)
         self._advantage, self._held = found.values[own], self._disputed(whole)[own]
         usable = found.used if self.config.filter_flat else rewards.isfinite()
         self._table = self._steps(collected, usable[own])
@@ -179,23 +180,19 @@ class PolicyGradientTrainer(OnlineTrainer):
     def _is_trained(self, step: int, steps: int) -> bool:
         return step < steps - 1 or self.config.last_step == "trained"
 
-    def _whole(self, collected: Collected) -> dict[str, Tensor]:
-        """Columns of all samples of the round over all processes, in the order of their numbers."""
-        names = ("numbers", "places", "chosen", "rewards")
-        columns = {name: self.gather(getattr(collected, name)) for name in names}
-        if collected.std is not None:
-            columns["std"] = self.gather(collected.std)
-        columns |= {f"part.{name}": self.gather(collected.parts[name]) for name in sorted(collected.parts)}
-        order = columns["numbers"].argsort()
-        return {name: column[order] for name, column in columns.items()}
+    def _whole(self, collected: Collected) -> WholeRound:
+        """The round of all processes: rewards with their parts and deviations, and which prompts they are of."""
+        more = {"chosen": collected.chosen} | ({} if collected.std is None else {"std": collected.std})
+        more |= {f"part.{name}": collected.parts[name] for name in sorted(collected.parts)}
+        return whole_round(self.gather, collected, more)
 
-    def _advantages(self, whole: dict[str, Tensor]) -> adv.Advantages:
+    def _advantages(self, whole: WholeRound) -> adv.Advantages:
         """Of the whole round."""
-        rewards, groups, form = whole["rewards"], whole["places"], self.config.advantage
+        rewards, groups, form = whole.rewards, whole.places, self.config.advantage
         if form == "per_prompt":
             return self.buffer.advantages(rewards, [str(prompt) for prompt in whole["chosen"].tolist()])
         if form in ("per_reward", "per_reward_sum"):
-            parts, weights = weighted_parts(whole, self.config.parts)
+            parts, weights = weighted_parts(whole.columns, self.config.parts)
             return adv.per_reward_advantages(parts, weights, groups, batch_normalise=form == "per_reward")
         if form == "global":
             return adv.global_advantages(rewards)
@@ -207,14 +204,14 @@ class PolicyGradientTrainer(OnlineTrainer):
         }
         return forms[form](rewards, groups)
 
-    def _disputed(self, whole: dict[str, Tensor]) -> Tensor:
+    def _disputed(self, whole: WholeRound) -> Tensor:
         """Samples `[N]` that the KL holds, 1 or 0."""
-        rewards, share = whole["rewards"], self.config.kl_share
+        rewards, share = whole.rewards, self.config.kl_share
         if share == 1:
             return torch.ones(len(rewards))
-        if "std" in whole:
+        if "std" in whole.columns:
             return most_disputed(whole["std"], share).float()
-        parts, _ = weighted_parts(whole, self.config.parts)
+        parts, _ = weighted_parts(whole.columns, self.config.parts)
         groups = rewards.view(-1, self.config.samples)
         doubt = disagreement(groups, parts.view(len(parts), *groups.shape))
         return most_disputed(doubt, share).float().flatten()

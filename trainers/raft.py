@@ -185,7 +185,7 @@ class RAFTTrainer(OnlineTrainer):
         Raises:
             RuntimeError: there should be real pictures, and nobody gave any.
         """
-        whole = whole_round(self, collected)
+        whole = whole_round(self.gather, collected)
         rewards = whole.rewards.reshape(-1, collected.samples)
         weights = curation_weights(self.config, rewards, self.seed, collected.round).flatten()
         real, replay = (self._company(weights > 0, name) for name in ("real", "replay"))

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from diffalign.backbones.base import Backbone
-from diffalign.config import StrictModel
+from diffalign.config import StrictModel, UnitRange
 from diffalign.data.rollouts import Kind, RolloutJob, RolloutStore
 from diffalign.data.step_pairs import StepBatch, StepPairs, candidate_pairs, trajectory_pairs
 from diffalign.errors import DiffalignError
@@ -100,7 +100,7 @@ class StepPreferenceConfig(StrictModel):
     with the most noise (LPO). null: spo 0.3, lpo 0.35 to 0.5. SPO for SDXL: 0.4; LPO for SDXL: 0.45 to 0.6."""
     reward_scale: float = Field(default=1.0, gt=0)
     """Factor on scores before that softmax: about 1 / (their spread between candidates)."""
-    time_range: tuple[float, float] | None = None
+    time_range: UnitRange | None = None
     """Which steps are used, by their place between clean (0) and noise (1). null: all; spo leaves out those above
     0.75."""
     pairs: Literal["best_worst", "all"] = "best_worst"
@@ -110,13 +110,6 @@ class StepPreferenceConfig(StrictModel):
     reference: Literal["adapters_off", "frozen_copy"] = "adapters_off"
     """Where the reference's steps come from. adapters_off: the same network without its adapters (LoRA only).
     frozen_copy: a second network; full fine-tuning always uses one."""
-
-    @field_validator("time_range")
-    @classmethod
-    def _range_in_order(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
-        if value is not None and not 0 <= value[0] < value[1] <= 1:
-            raise ValueError("should be two rising values in [0, 1]")
-        return value
 
     @model_validator(mode="after")
     def _values_of_the_form(self) -> StepPreferenceConfig:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from diffalign.data.lines import cut_unfinished, whole_lines
 from diffalign.errors import DiffalignError
 from diffalign.randomness import derive_seed
 
@@ -144,9 +145,7 @@ class AnswerLog:
 
     def _read(self) -> None:
         """Take the lines of an earlier session, and cut off a last one that was not finished."""
-        data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        for number, text in enumerate(whole.decode("utf-8").split("\n")[:-1], 1):
+        for number, text in enumerate(whole_lines(self.path), 1):
             try:
                 line = json.loads(text)
                 likeness(line["first"], line["second"])
@@ -156,9 +155,7 @@ class AnswerLog:
                     f"{self.path}, line {number} is not an answer ({type(error).__name__}: {error}). Remove the line, "
                     "or the file to judge everything again."
                 ) from error
-        if len(whole) < len(data):
-            with self.path.open("r+b") as file:
-                file.truncate(len(whole))
+        cut_unfinished(self.path)
 
 
 class PersonLabeller:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from diffalign.data.images import MAX_PIXELS, BrokenImage, decode
 from diffalign.data.keys import Progress
+from diffalign.data.lines import cut_unfinished, whole_lines
 from diffalign.data.records import ImageSource
 from diffalign.errors import DiffalignError
 
@@ -122,9 +123,7 @@ class ScoreLog:
 
     def _read(self) -> None:
         """Take the lines of an earlier run, and cut off a last one that was not finished."""
-        data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        header, *lines = whole.decode("utf-8").split("\n")[:-1] or [""]
+        header, *lines = whole_lines(self.path) or [""]
         self._check(header)
         for number, line in enumerate(lines, 2):
             try:
@@ -134,9 +133,7 @@ class ScoreLog:
                     f"{self.path}, line {number} is not a score ({type(error).__name__}: {error}). Remove the file to "
                     "score again."
                 ) from error
-        if len(whole) < len(data):
-            with self.path.open("r+b") as file:
-                file.truncate(len(whole))
+        cut_unfinished(self.path)
 
     def _check(self, line: str) -> None:
         try:

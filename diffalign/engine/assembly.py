@@ -130,7 +130,7 @@ def generator_parts(
         lambda folder: _export(config, backbone, folder),
         _summary(config, trainer.config, backbone),
         lambda: _report(config),
-        _monitor(config, backbone, reporter),
+        _monitor(config, trainer, reporter),
         unit=cache.unit,
     )
 
@@ -261,9 +261,9 @@ def picture_prompts(config: RunConfig) -> list[Any]:
     return with_seeds(prompts, config.evaluation.seed)
 
 
-def _monitor(config: RunConfig, backbone: Any, reporter: Reporter) -> Any:
+def _monitor(config: RunConfig, trainer: Any, reporter: Reporter) -> Any:
     """The watch for over-optimisation, when the recipe names prompts and rewards."""
-    options = config.evaluation
+    options, backbone = config.evaluation, trainer.backbone
     if options.prompts is None or not options.rewards or not options.monitor.num_prompts:
         return None
     from diffalign.evaluation.monitor import Monitor
@@ -274,18 +274,23 @@ def _monitor(config: RunConfig, backbone: Any, reporter: Reporter) -> Any:
     rewards = distinct([place(load_reward(spec), backbone.device) for spec in options.rewards])
     prompts = with_seeds(read_prompts(options.prompts, options.monitor.num_prompts), options.seed)
     settings = Settings(options.steps, options.guidance, options.batch_size)
-    gold, proxies = options.monitor.gold, optimised(config)
+    gold, proxies = options.monitor.gold, optimised(config, trainer)
     monitor = Monitor(backbone, prompts, settings, rewards, gold=gold, proxies=proxies)
     reporter.say(f"monitor: {len(prompts)} prompts, gold reward {monitor.gold}")
     return monitor
 
 
-def optimised(config: RunConfig) -> list[str]:
-    """Names of the rewards that training optimises: that of the method and those it is made of."""
+def optimised(config: RunConfig, trainer: Any) -> list[str]:
+    """Names of the rewards that training optimises: that of the method and those it is made of.
+
+    A reward that the trainer already has is not loaded again.
+    """
     from diffalign.rewards import load_reward
 
-    spec = getattr(trainer_config(config), "reward", None)
-    found = [] if spec is None else [load_reward(spec)]
+    reward, spec = getattr(trainer, "reward", None), getattr(trainer_config(config), "reward", None)
+    if reward is None and spec is not None:
+        reward = load_reward(spec)
+    found = [] if reward is None else [reward]
     names = []
     while found:
         reward = found.pop()

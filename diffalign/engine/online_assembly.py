@@ -21,6 +21,7 @@ from diffalign.engine.rollout_assembly import image_reward
 from diffalign.engine.rounds import Rounds
 from diffalign.errors import DiffalignError
 from diffalign.evaluation.prompts import read_prompts
+from diffalign.plan_online import Drawing
 from diffalign.progress import Reporter
 from diffalign.rewards import Reward, place
 from diffalign.rewards.guard import Guarded
@@ -172,9 +173,9 @@ def gold_metric(config: RunConfig, monitor: Any) -> str | None:
 def rounds_line(config: RunConfig, prompts: PromptSet, world: int) -> str:
     """What a round is."""
     options = trainer_config(config)
-    steps = options.updates * options.passes
+    drawing = Drawing.of(options, config.optim.steps)
     return (
         f"{len(prompts)} prompts ({prompts.description}); a round draws {options.samples} samples for each of "
-        f"{options.prompts_per_round} prompts on {world} process{'es' * (world > 1)} and takes {steps} optimiser "
-        f"steps; {-(-config.optim.steps // steps)} rounds"
+        f"{options.prompts_per_round} prompts on {world} process{'es' * (world > 1)} and takes {drawing.steps} "
+        f"optimiser steps; {drawing.rounds} rounds"
     )

@@ -21,6 +21,7 @@ from diffalign.progress import Reporter
 from diffalign.randomness import Draw
 from diffalign.sampling.collection import Choose, Collected, Collector
 from diffalign.sampling.prompt_choice import PromptChooser
+from diffalign.trainers.online import Rows, places_of_step, updates_of
 
 # Rounds in a row without a usable sample before a run gives up.
 PATIENCE = 3
@@ -49,7 +50,7 @@ class Rounds:
         self.collector, self.choose, self.reporter = collector, choose, reporter
         trainer.gather = parallel.gather
         options = trainer.config
-        self.updates, self.steps = options.updates, options.updates * options.passes
+        self.steps = updates_of(options)
         self.failed_in_a_row = 0
         self._rows: Any = None
         self._spare: Any = None
@@ -137,7 +138,7 @@ class Rounds:
             found["round/failed"] = failed
         if failed > self.trainer.config.max_failed:
             self._count_failure(failed)
-            self._rows = _no_rows()
+            self._rows = Rows(torch.zeros(0).long(), torch.zeros(0).long())
             return found
         self.failed_in_a_row = 0
         self._rows, measured = self.trainer.learn(collected)
@@ -163,10 +164,8 @@ class Rounds:
 
     def _of_step(self, step: int) -> Tensor:
         """Rows `[r]` of an optimiser step on this process: those of whole groups."""
-        size = self.trainer.config.prompts_per_round // self.updates
-        first = step % self.updates * size
-        group = self._rows.group
-        return ((group >= first) & (group < first + size)).nonzero().flatten()
+        places, group = places_of_step(self.trainer.config, step), self._rows.group
+        return ((group >= places.start) & (group < places.stop)).nonzero().flatten()
 
     def _batches(
         self, step: int, rows: Tensor, numbers: Tensor, everyone: Tensor, micro_steps: int
@@ -209,9 +208,3 @@ def _moments(rewards: Tensor) -> dict[str, float]:
         return {}
     values = rewards.double()
     return {"round/reward": float(values.mean()), "round/reward_std": float(values.std(correction=0))}
-
-
-def _no_rows() -> Any:
-    from diffalign.trainers.online import Rows
-
-    return Rows(torch.zeros(0).long(), torch.zeros(0).long())

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from diffalign.randomness import Draw
 from diffalign.sampling.collection import Collected, tell
 from diffalign.trainers.awm import AWMConfig, AWMTrainer
-from diffalign.trainers.forward_online import ForwardTrainer, WholeRound
+from diffalign.trainers.forward_online import ForwardTrainer
+from diffalign.trainers.online import WholeRound
 from diffalign.trainers.orw_cfm import ORWConfig, ORWTrainer, effective_share, round_weights
 
 SMALL = {"sampling": {"steps": 3}, "noise_levels": 2}
@@ -58,7 +59,8 @@ def learned(trainer: ForwardTrainer, rewards: list[float], samples: int = 2) -> 
 
 
 def whole(rewards: list[float], places: list[int]) -> WholeRound:
-    return WholeRound(torch.tensor(rewards), torch.tensor(places), torch.arange(len(rewards)))
+    columns = {"rewards": torch.tensor(rewards), "places": torch.tensor(places)}
+    return WholeRound(columns, torch.arange(len(rewards)))
 
 
 def test_weights_by_hand():
