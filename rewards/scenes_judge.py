@@ -1,9 +1,9 @@
-"""The exact judge of the embedded world as a reward: 1 when a picture shows what its caption says, else 0."""
+"""The exact judge of the embedded world as a reward: whether a picture shows what its caption says."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -14,18 +14,30 @@ from diffalign.rewards.base import RewardOutput
 from diffalign.samples.judge import Verdict, judge
 from diffalign.samples.scenes import CATEGORIES, RESOLUTION
 
+Measure = Literal["correct", "score"]
+
 
 class ScenesJudge:
     """Right (1) or wrong (0) per picture.
+
+    Args:
+        measure: `correct`, or `score`: the share of checks that hold, in [0, 1], which also tells wrong pictures apart.
 
     Parts: `score`, the share of checks that hold; `quality`, how clean the shapes are; and one part per
     category, which equals the mean for prompts of that category and is NaN for the others.
     """
 
-    name = "scenes-judge"
     modality: Literal["image", "audio"] = "image"
     differentiable = False
     kind: Literal["sample", "set"] = "sample"
+
+    def __init__(self, measure: Measure = "correct") -> None:
+        if measure not in get_args(Measure):
+            raise DiffalignError(
+                f"measure of scenes-judge is {measure!r}; expected {' or '.join(get_args(Measure))}"
+            )
+        self.measure = measure
+        self.name = "scenes-judge" if measure == "correct" else f"scenes-judge-{measure}"
 
     def score(self, media: Tensor, prompts: Sequence[str]) -> RewardOutput:
         """Judge pictures `[B, 3, 64, 64]` in [0, 1].
@@ -48,7 +60,7 @@ class ScenesJudge:
         for category in CATEGORIES:
             belongs = torch.tensor([v.category == category for v in verdicts])
             parts[category] = torch.where(belongs, correct, torch.nan)
-        return RewardOutput(correct, parts=parts)
+        return RewardOutput(correct if self.measure == "correct" else parts["score"], parts=parts)
 
 
 def _judged(image: np.ndarray, prompt: str) -> Verdict:

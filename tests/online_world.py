@@ -14,7 +14,7 @@ from diffalign.config import RunConfig
 from diffalign.engine import train
 from diffalign.progress import Reporter
 from diffalign.randomness import Draw
-from diffalign.sampling.collection import Collected
+from diffalign.sampling.collection import Collected, tell
 from diffalign.trainers.online import (
     CleanRows,
     CleanTable,
@@ -92,6 +92,43 @@ class ImitateTrainer(OnlineTrainer):
 def redness(pictures: Tensor, prompts: Any) -> Tensor:
     """How red a picture is: something a random model's pictures differ in."""
     return 1000 * (pictures[:, 0] - pictures[:, 1]).flatten(1).mean(1)
+
+
+def a_round(trainer: Any, rewards: list[float], samples: int = 2, number: int = 0) -> Collected:
+    """A round of random latents with these rewards, as the collector would give it; the trainer has drawn it."""
+    count, backbone = len(rewards), trainer.backbone
+    generator = torch.Generator().manual_seed(number)
+    prompts = tuple(PROMPTS[row // samples] for row in range(count))
+    collected = Collected(
+        prompts=prompts,
+        chosen=torch.arange(count) // samples,
+        latents=torch.randn(count, *backbone.latent_shape, generator=generator),
+        told=tell(backbone, prompts, trainer.config.sampling.guidance).to("cpu"),
+        trajectory=None,
+        rewards=torch.tensor(rewards),
+        std=None,
+        parts={},
+        places=torch.arange(count) // samples,
+        numbers=torch.arange(count),
+        samples=samples,
+        round=number,
+    )
+    with trainer.drawing(number):
+        trainer.collected = collected
+    return collected
+
+
+def taken(trainer: Any, rows: Rows) -> Any:
+    """All rows of a round as one batch."""
+    numbers = rows.number.tolist()
+    return trainer.batch(list(range(len(rows))), Draw(0, 0, numbers, list(range(len(rows))), len(rows)))
+
+
+def gradient(trainer: Any, batch: Any) -> Tensor:
+    """The gradient of the mean loss, all weights in one vector."""
+    parameters = [p for _, p in trainer.backbone.trainable_parameters()]
+    found = torch.autograd.grad(trainer.loss(batch)[0].mean(), parameters)
+    return torch.cat([g.flatten() for g in found])
 
 
 def run_config(model: Path, folder: Path, name: str, method: str = "climb", **changes: Any) -> RunConfig:

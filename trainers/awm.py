@@ -15,6 +15,7 @@ from torch import Tensor
 from diffalign.backbones.base import Backbone
 from diffalign.objectives.forms import Form
 from diffalign.objectives.pairwise import squared_error
+from diffalign.objectives.policy import linear_bound
 from diffalign.objectives.weighted import Weighting, clipped_policy_loss, matching_log_prob
 from diffalign.trainers.forward_online import (
     Noised,
@@ -35,6 +36,9 @@ class AWMConfig(RelativeOptions):
     e, ghuber its power `power`; the last two also weigh by sigma, and hardly listen to large errors."""
     power: float = Field(default=0.25, gt=0, le=1)
     """Exponent of ghuber."""
+    surrogate: Literal["clip", "bound"] = "clip"
+    """clip: PPO's, of the ratio at each draw. bound: BGPO's bound of the ratio of a sample's mean over its
+    `noise_levels` draws, without a clip; `trust` and `kl` hold it."""
     clip_range: float = Field(default=1.0, gt=0)
     """Ratios beyond 1 - clip_range and 1 + clip_range have no gradient. It belongs to `weighting` and to errors that
     are means over elements: 1 (the authors') with ghuber hardly ever acts; Flow-Factory uses 1e-5."""
@@ -48,7 +52,7 @@ class AWMConfig(RelativeOptions):
 
 
 class AWMTrainer(RelativeTrainer):
-    """Clipped ratios of matching errors, times advantages."""
+    """Ratios of matching errors, times advantages."""
 
     Config = AWMConfig
 
@@ -67,7 +71,10 @@ class AWMTrainer(RelativeTrainer):
         old = self._old(noised, policy)
         log_prob, old_log_prob = self._log_prob(policy, noised), self._log_prob(old, noised)
         advantage = self._advantage[batch.sample.cpu()].to(policy.device)
-        losses = clipped_policy_loss(log_prob, old_log_prob, advantage, config.clip_range)
+        if config.surrogate == "clip":
+            losses = clipped_policy_loss(log_prob, old_log_prob, advantage, config.clip_range)
+        else:
+            losses = linear_bound(log_prob - old_log_prob, advantage)
         ratio = (log_prob.detach() - old_log_prob).exp()
         distance = squared_error(policy, old)
         metrics = {

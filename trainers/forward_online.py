@@ -55,6 +55,10 @@ class ForwardOptions(OnlineOptions):
     """How samples are drawn; without `kernel` by the model's deterministic sampler."""
     noise_levels: int = Field(default=4, ge=1)
     """Draws of (time, noise) per sample and optimiser step; each is a row with forward passes of its own."""
+    shared_noise: bool = False
+    """Whether the samples of a group are noised with the same noises and times, as the pictures of a pair are in DPO:
+    their errors then differ by what the samples are, not by the draws. The gradient of centred advantages has the same
+    mean and less noise."""
     times: Literal["sampling", "uniform", "logit_normal"] = "sampling"
     """Distribution of training times: those that the samples were drawn at, all, or for flows logit-normal."""
     guided: bool = False
@@ -170,7 +174,10 @@ class ForwardTrainer(OnlineTrainer):
 
     def _rows(self, collected: Collected, used: Tensor) -> Rows:
         """The rows of the samples where `used` `[N]` is true."""
-        self._table = CleanTable(collected, used.nonzero().flatten(), self.config.noise_levels)
+        options = self.config
+        self._table = CleanTable(
+            collected, used.nonzero().flatten(), options.noise_levels, options.shared_noise
+        )
         return self._table.rows
 
     def _noised(self, batch: CleanRows) -> Noised:

@@ -7,6 +7,7 @@ the method turns them into rows: steps of trajectories, noised samples, or pairs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
@@ -21,7 +22,7 @@ from diffalign.backbones.base import Backbone
 from diffalign.config import StrictModel
 from diffalign.objectives.advantages import Advantages
 from diffalign.process import Process
-from diffalign.randomness import Draw
+from diffalign.randomness import Draw, generator
 from diffalign.sampling.collection import Collected
 from diffalign.sampling.prompt_choice import PromptChoiceOptions
 from diffalign.sampling.rollout import Sampler, Told, default_kernel, policy_transition
@@ -302,30 +303,46 @@ class CleanTable:
     """Rows of a round's clean samples, `draws` of each with a noise and a time of its own.
 
     Args:
-        samples: rows of `collected` that are learned from; None: all.
+        samples: rows of `collected` that are learned from; None: all. shared: the samples of a group have the same
+            noises and times.
     """
 
     def __init__(
-        self, collected: Collected, samples: Sequence[int] | Tensor | None = None, draws: int = 1
+        self,
+        collected: Collected,
+        samples: Sequence[int] | Tensor | None = None,
+        draws: int = 1,
+        shared: bool = False,
     ) -> None:
-        self.collected = collected
+        self.collected, self.shared = collected, shared
         chosen = torch.arange(len(collected)) if samples is None else torch.as_tensor(samples).long()
         self.sample = chosen.repeat_interleave(draws)
-        number = collected.numbers[self.sample] * draws + torch.arange(draws).repeat(len(chosen))
-        self.rows = Rows(collected.places[self.sample], number)
+        of_sample = torch.arange(draws).repeat(len(chosen))
+        self.rows = Rows(collected.places[self.sample], collected.numbers[self.sample] * draws + of_sample)
+        self._of_group = self.rows.group * draws + of_sample
 
     def take(self, rows: Sequence[int], draw: Draw, stratified: bool = True) -> CleanRows:
-        """The tensors of some rows."""
-        sample = self.sample[torch.tensor(list(rows))]
+        """The tensors of some rows; times of shared draws are always spread over the range."""
+        index = torch.tensor(list(rows))
+        sample = self.sample[index]
         x0 = self.collected.latents[sample]
-        return CleanRows(
-            x0,
-            draw.normal(tuple(x0.shape[1:]), "noise"),
-            draw.uniform("time", stratified=stratified),
-            self.collected.told.select(sample),
-            sample,
-            draw,
-        )
+        if self.shared:
+            draw = replace(draw, records=self._of_group[index].tolist())
+            uniform = golden_spread(draw)
+        else:
+            uniform = draw.uniform("time", stratified=stratified)
+        noise = draw.normal(tuple(x0.shape[1:]), "noise")
+        return CleanRows(x0, noise, uniform, self.collected.told.select(sample), sample, draw)
+
+
+def golden_spread(draw: Draw) -> Tensor:
+    """Uniform numbers `[B]` in [0, 1): equal records have equal ones, and neighbouring records spread evenly.
+
+    Record r gets the fractional part of `u + r (sqrt 5 - 1) / 2`, with one u for the step, whatever the batch.
+    """
+    start = torch.rand((), generator=generator(draw.seed, draw.step, "spread"), dtype=torch.float64)
+    records = torch.tensor(list(draw.records), dtype=torch.float64)
+    return ((start + records * (math.sqrt(5) - 1) / 2) % 1).float().clamp(max=1 - 1e-7)
 
 
 @dataclass(frozen=True)

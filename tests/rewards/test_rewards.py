@@ -40,6 +40,19 @@ def test_judge_scores_right_and_wrong_pictures() -> None:
     assert output.parts["score"][1] < 1.0
 
 
+def test_the_judge_as_a_share_of_checks():
+    """A blue star for "a red circle": the count is right, shape and colour are not."""
+    reward = load_reward({"reward": "scenes-judge", "measure": "score"})
+    output = reward.score(_media(RED_CIRCLE, BLUE_STAR), ["a red circle", "a red circle"])
+    assert reward.name == "scenes-judge-score"
+    assert output.mean.tolist() == pytest.approx([1.0, 1 / 3])
+
+
+def test_an_unknown_measure_of_the_judge_is_refused():
+    with pytest.raises(DiffalignError, match="expected correct or score"):
+        load_reward({"reward": "scenes-judge", "measure": "quality"})
+
+
 def test_judge_parts_name_the_category_of_the_prompt() -> None:
     parts = ScenesJudge().score(_media(RED_CIRCLE, RED_CIRCLE), ["a circle", "two red circles"]).parts
     assert parts["counting"][1] == 0.0

@@ -8,13 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from online_world import PROMPTS, run, run_config
+from online_world import a_round, gradient, run, run_config, taken
 from pair_world import counted_forwards, move_weights, open_model
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from diffalign.randomness import Draw
-from diffalign.sampling.collection import Collected, tell
 from diffalign.trainers.awm import AWMConfig, AWMTrainer
 from diffalign.trainers.forward_online import ForwardTrainer
 from diffalign.trainers.online import WholeRound
@@ -33,26 +31,7 @@ def awm(model: Path, **options: Any) -> AWMTrainer:
 
 def learned(trainer: ForwardTrainer, rewards: list[float], samples: int = 2) -> Any:
     """All rows of a round of random latents with these rewards, `samples` to a prompt."""
-    count, backbone = len(rewards), trainer.backbone
-    prompts = tuple(PROMPTS[row // samples] for row in range(count))
-    collected = Collected(
-        prompts=prompts,
-        chosen=torch.arange(count) // samples,
-        latents=torch.randn(count, *backbone.latent_shape, generator=torch.Generator().manual_seed(0)),
-        told=tell(backbone, prompts, trainer.config.sampling.guidance).to("cpu"),
-        trajectory=None,
-        rewards=torch.tensor(rewards),
-        std=None,
-        parts={},
-        places=torch.arange(count) // samples,
-        numbers=torch.arange(count),
-        samples=samples,
-        round=0,
-    )
-    with trainer.drawing(0):
-        rows, _ = trainer.learn(collected)
-    numbers = rows.number.tolist()
-    return trainer.batch(range(len(rows)), Draw(0, 0, numbers, list(range(len(rows))), len(rows)))
+    return taken(trainer, trainer.learn(a_round(trainer, rewards, samples))[0])
 
 
 # ORW-CFM-W2
@@ -168,6 +147,32 @@ def test_the_ratio_is_1_before_the_first_step_and_not_after_it(tiny_sd, weightin
     assert (trainer.loss(batch)[1]["ratio"] != 1).all()
 
 
+def test_shared_noise_is_that_of_the_group(tiny_sd):
+    """Two groups of two samples with two draws each: rows of a draw share noise and time within the group alone."""
+    batch = learned(awm(tiny_sd, shared_noise=True), [0.0, 1.0, 0.0, 1.0])
+    assert batch.sample.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    for a, b in ((0, 2), (1, 3), (4, 6), (5, 7)):
+        assert torch.equal(batch.noise[a], batch.noise[b])
+        assert batch.uniform[a] == batch.uniform[b]
+    apart = [0, 1, 4, 5]
+    assert len({batch.noise[row].sum().item() for row in apart}) == 4
+    # Records 0 to 3, golden sections apart: gaps of 0.146 or 0.236 of the circle.
+    gaps = batch.uniform[apart].sort().values.diff()
+    assert ((gaps > 0.14) & (gaps < 0.4)).all()
+
+
+def test_shared_noise_leaves_less_noise_in_the_gradient(tiny_sd):
+    """Equal samples of unequal reward: with shared noise nothing is left, with noises of their own their draws are."""
+    sizes = []
+    for shared in (True, False):
+        trainer = awm(tiny_sd, kl=0.0, trust=0.0, shared_noise=shared)
+        collected = a_round(trainer, [0.0, 1.0])
+        collected.latents[1] = collected.latents[0]
+        batch = taken(trainer, trainer.learn(collected)[0])
+        sizes.append(gradient(trainer, batch).norm().item())
+    assert sizes[0] < 1e-5 * sizes[1]
+
+
 def test_the_ratio_of_the_old_weights_asked_again_is_1(tiny_sd):
     """The other way to the same ratio: the snapshot's forward, with weights that have not moved."""
     trainer = awm(tiny_sd)
@@ -196,6 +201,20 @@ def test_awm_matches_good_samples_better_and_bad_ones_worse(request, name):
     change = trainer.loss(batch)[1]["log_prob"] - before
     good = batch.sample == 1
     assert change[good].mean() > 0 > change[~good].mean()
+
+
+def test_the_linear_bound_has_the_clip_s_gradient_on_policy_and_no_end_after_it(tiny_sd):
+    clip, bound = (awm(tiny_sd, kl=0.0, trust=0.0, clip_range=1e-5, surrogate=s) for s in ("clip", "bound"))
+    gradients = [gradient(trainer, learned(trainer, [0.0, 1.0])) for trainer in (clip, bound)]
+    torch.testing.assert_close(gradients[0], gradients[1])
+    batch = learned(bound, [0.0, 1.0])
+    move_weights(bound.backbone)
+    bound.after_step(0)
+    losses, metrics = bound.loss(batch)
+    advantage, difference = bound._advantage[batch.sample], metrics["ratio"].log()
+    expected = -advantage * torch.where(advantage > 0, 1 + difference, metrics["ratio"])
+    torch.testing.assert_close(losses.detach(), expected)
+    assert gradient(bound, batch).norm() > 0
 
 
 def test_a_narrow_clip_ends_the_gradient(tiny_sd):

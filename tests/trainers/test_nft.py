@@ -8,55 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from online_world import PROMPTS, run, run_config
+from online_world import a_round, gradient, run, run_config, taken
 from pair_world import counted_forwards, move_weights, open_model
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from diffalign.randomness import Draw
-from diffalign.sampling.collection import Collected, tell
+from diffalign.sampling.collection import Collected
 from diffalign.trainers.nft import NFTConfig, NFTTrainer
 
 
 def made(model: Path, **options: Any) -> NFTTrainer:
     config = NFTConfig(**{"sampling": {"steps": 3}, "noise_levels": 2} | options)
     return NFTTrainer(config, open_model(model))
-
-
-def a_round(trainer: NFTTrainer, rewards: list[float], samples: int = 2, number: int = 0) -> Collected:
-    """A round of random latents with these rewards, as the collector would give it."""
-    count, backbone = len(rewards), trainer.backbone
-    generator = torch.Generator().manual_seed(number)
-    prompts = tuple(PROMPTS[row // samples] for row in range(count))
-    collected = Collected(
-        prompts=prompts,
-        chosen=torch.arange(count) // samples,
-        latents=torch.randn(count, *backbone.latent_shape, generator=generator),
-        told=tell(backbone, prompts, trainer.config.sampling.guidance).to("cpu"),
-        trajectory=None,
-        rewards=torch.tensor(rewards),
-        std=None,
-        parts={},
-        places=torch.arange(count) // samples,
-        numbers=torch.arange(count),
-        samples=samples,
-        round=number,
-    )
-    with trainer.drawing(number):
-        trainer.collected = collected
-    return collected
-
-
-def taken(trainer: NFTTrainer, rows: Any) -> Any:
-    numbers = rows.number.tolist()
-    return trainer.batch(list(range(len(rows))), Draw(0, 0, numbers, list(range(len(rows))), len(rows)))
-
-
-def gradients(trainer: NFTTrainer, batch: Any) -> torch.Tensor:
-    """The gradient of the mean loss, all weights in one vector."""
-    parameters = [p for _, p in trainer.backbone.trainable_parameters()]
-    found = torch.autograd.grad(trainer.loss(batch)[0].mean(), parameters)
-    return torch.cat([g.flatten() for g in found])
 
 
 def test_groups_whose_rewards_are_equal_or_unknown_give_no_rows(tiny_sd):
@@ -109,7 +73,7 @@ def test_the_first_gradient_is_imitation_times_the_advantage(tiny_sd):
     found = []
     for values in rewards:
         batch = taken(trainer, trainer.learn(a_round(trainer, values))[0])
-        found.append(gradients(trainer, batch))
+        found.append(gradient(trainer, batch))
     assert found[0].norm() > 0
     torch.testing.assert_close(found[0], -found[1], atol=1e-6, rtol=1e-3)
 
