@@ -91,6 +91,13 @@ METHODS: Mapping[str, Method] = {
     "dspo": Method("scenes/dspo"),
     "inpo": Method("scenes/inpo"),
     "sft": Method("scenes/sft"),
+    "rpo": Method("scenes/rpo"),
+    "rwr": Method("scenes/rwr"),
+    "listwise": Method("scenes/listwise"),
+    "kto, unpaired": Method("scenes/kto_unpaired"),
+    "dcpo": Method("scenes/dcpo"),
+    "d3po": Method("scenes/d3po"),
+    "spo": Method("scenes/spo"),
 }
 """Rows of the table."""
 
