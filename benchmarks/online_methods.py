@@ -42,12 +42,14 @@ RECIPES: Mapping[str, str] = {
 }
 """Rows of the table; RLCM tunes `tiny-lcm`, Flow-GRPO `tiny-sd3`, the others `tiny-sdxl`."""
 REWARDS = ("scenes-judge", "scenes-preference")
-"""What is optimised, and what every evaluation measures."""
+"""What every evaluation measures."""
+OPTIMISED: Mapping[str, str | None] = {"judge": None, "preference": "scenes-preference"}
+"""What is optimised; None: the recipe's reward, the judge's share of checks that hold."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run: a method, what it optimises, a seed."""
+    """One run: a method, what it optimises (a key of `OPTIMISED`), a seed."""
 
     method: str
     reward: str
@@ -56,7 +58,7 @@ class Run:
     @property
     def name(self) -> str:
         """Name of the run's folder."""
-        return f"{self.method.replace(' ', '-')}-{self.reward.removeprefix('scenes-')}-s{self.seed}"
+        return f"{self.method.replace(' ', '-')}-{self.reward}-s{self.seed}"
 
 
 def budget(recipe: str, samples: int) -> tuple[int, int]:
@@ -70,11 +72,10 @@ def commands(run: Run, folder: Path, samples: int, prompts: int) -> list[list[st
     """Training and evaluation of a cell."""
     program, recipe = [sys.executable, "-m", "diffalign"], RECIPES[run.method]
     steps, _ = budget(recipe, samples)
-    values = {
+    values: dict[str, object] = {
         "output_dir": folder,
         "data.cache_dir": folder / "cache",
         "seed": run.seed,
-        "trainer.reward": run.reward,
         "model.precision": "bf16",
         "optim.steps": steps,
         "checkpoint.every": max(1, steps // 4),
@@ -82,6 +83,8 @@ def commands(run: Run, folder: Path, samples: int, prompts: int) -> list[list[st
         "evaluation.monitor.num_prompts": 0,
         "evaluation.num_prompts": prompts,
     }
+    if (reward := OPTIMISED[run.reward]) is not None:
+        values["trainer.reward"] = reward
     words = [f"{key}={value}" for key, value in values.items()]
     resume = ["--resume"] if (folder / run.name / "checkpoints").is_dir() else []
     return [
@@ -178,8 +181,10 @@ def chosen(only: Sequence[str] | None, rewards: Sequence[str], seeds: Sequence[i
     """The runs in the order they are made: seeds last.
 
     Raises:
-        ValueError: an unknown method.
+        ValueError: an unknown method or reward.
     """
+    if unknown := set(rewards) - set(OPTIMISED):
+        raise ValueError(f"{sorted(unknown)} should be of: {', '.join(OPTIMISED)}")
     if unknown := set(only or []) - set(RECIPES):
         raise ValueError(f"{sorted(unknown)} should be of: {', '.join(RECIPES)}")
     return [Run(m, r, s) for s in seeds for r in rewards for m in RECIPES if m in (only or RECIPES)]
@@ -189,7 +194,7 @@ def chosen(only: Sequence[str] | None, rewards: Sequence[str], seeds: Sequence[i
 def run_all(
     folder: Folder = Path("runs/online"),
     only: Only = None,
-    reward: Annotated[list[str] | None, typer.Option(help="What is optimised.")] = None,
+    reward: Annotated[list[str] | None, typer.Option(help="judge or preference; default judge.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seeds; default 0.")] = None,
     samples: Annotated[int, typer.Option(help="Samples that each run draws, about.")] = 4096,
     prompts: Annotated[int, typer.Option(help="Held-out prompts.")] = 288,
@@ -199,7 +204,7 @@ def run_all(
     folder.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ThreadPoolExecutor(jobs) as pool:
-        wanted = chosen(only, reward or [REWARDS[0]], seed or [0])
+        wanted = chosen(only, reward or ["judge"], seed or [0])
         for line in pool.map(lambda run: run_cell(run, folder, samples, prompts, threads), wanted):
             console.print(line)
 
@@ -213,7 +218,7 @@ def write_table(
     """Write the table of all finished cells, and draw their curves."""
     done = {
         run: json.loads((folder / run.name / "evaluation.json").read_text(encoding="utf-8"))
-        for run in chosen(None, REWARDS, range(10))
+        for run in chosen(None, list(OPTIMISED), range(10))
         if (folder / run.name / "evaluation.json").is_file()
     }
     curves = {run: curve(folder, run) for run in done}
@@ -223,7 +228,7 @@ def write_table(
     else:
         out.write_text(text, encoding="utf-8")
     if plot is not None:
-        draw({run: found for run, found in curves.items() if run.reward == REWARDS[0]}, plot)
+        draw({run: found for run, found in curves.items() if run.reward == "judge"}, plot)
 
 
 if __name__ == "__main__":

@@ -15,15 +15,8 @@ from diffalign.engine import train
 from diffalign.progress import Reporter
 from diffalign.randomness import Draw
 from diffalign.sampling.collection import Collected, tell
-from diffalign.trainers.online import (
-    CleanRows,
-    CleanTable,
-    OnlineOptions,
-    OnlineTrainer,
-    Rows,
-    StepRows,
-    StepTable,
-)
+from diffalign.trainers.online import OnlineOptions, OnlineTrainer
+from diffalign.trainers.online_rows import CleanRows, CleanTable, Rows, StepRows, StepTable
 
 trainers.TRAINERS["climb"] = f"{__name__}:ClimbTrainer"
 trainers.TRAINERS["imitate"] = f"{__name__}:ImitateTrainer"

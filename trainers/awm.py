@@ -24,7 +24,8 @@ from diffalign.trainers.forward_online import (
     RelativeTrainer,
     Retained,
 )
-from diffalign.trainers.online import CleanRows, Losses
+from diffalign.trainers.online import Losses
+from diffalign.trainers.online_rows import CleanRows
 
 
 class AWMConfig(RelativeOptions):

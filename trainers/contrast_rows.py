@@ -12,7 +12,7 @@ from diffalign.conditioning import Conditioning
 from diffalign.objectives.contrast import Contrast
 from diffalign.randomness import Draw
 from diffalign.sampling.collection import Collected
-from diffalign.trainers.online import Rows, moved
+from diffalign.trainers.online_rows import Rows, moved
 
 
 @dataclass(frozen=True)

@@ -41,11 +41,11 @@ from diffalign.trainers.online import (
     Losses,
     OnlineOptions,
     OnlineTrainer,
-    Rows,
     WholeRound,
     sample_weights,
     whole_round,
 )
+from diffalign.trainers.online_rows import Rows
 from diffalign.trainers.pairs import pair_metrics
 
 # For means over latent elements; KTO's formula lacks the factor 1/2 of the DPO margin.

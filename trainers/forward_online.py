@@ -25,17 +25,15 @@ from diffalign.sampling.collection import Collected
 from diffalign.sampling.rollout import Told, predict
 from diffalign.sampling.schedules import schedule_of
 from diffalign.trainers.online import (
-    CleanRows,
-    CleanTable,
     OnlineOptions,
     OnlineTrainer,
-    Rows,
     SamplingOptions,
     State,
     sample_weights,
     updates_of,
     whole_round,
 )
+from diffalign.trainers.online_rows import CleanRows, CleanTable, Rows
 
 Retained = Retention | Annotated[float, Field(ge=0, lt=1)]
 """How much of itself the old policy keeps: a schedule or a constant share."""

@@ -29,7 +29,8 @@ from diffalign.trainers.forward_online import (
     RelativeTrainer,
     Retained,
 )
-from diffalign.trainers.online import CleanRows, Losses
+from diffalign.trainers.online import Losses
+from diffalign.trainers.online_rows import CleanRows
 
 
 class NFTConfig(RelativeOptions):

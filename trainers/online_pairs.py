@@ -16,7 +16,7 @@ from diffalign.process import Process
 from diffalign.randomness import Draw
 from diffalign.sampling.collection import Collected
 from diffalign.sampling.rollout import Told, chunks
-from diffalign.trainers.online import Rows, moved
+from diffalign.trainers.online_rows import Rows, moved
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 

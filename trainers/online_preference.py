@@ -37,16 +37,9 @@ from diffalign.randomness import Draw, batch_records, derive_seed
 from diffalign.sampling.collection import Collected
 from diffalign.sampling.rollout import Sampler, Told, policy_transition, predict
 from diffalign.trainers.dpo import PairLossName
-from diffalign.trainers.online import (
-    Losses,
-    OnlineOptions,
-    OnlineTrainer,
-    Rows,
-    State,
-    sample_weights,
-    updates_of,
-)
+from diffalign.trainers.online import Losses, OnlineOptions, OnlineTrainer, State, sample_weights, updates_of
 from diffalign.trainers.online_pairs import PairTable, PreferenceRows, verdicts
+from diffalign.trainers.online_rows import Rows
 from diffalign.trainers.pairs import elements_of, pair_metrics
 from diffalign.trainers.step_preference import used_steps
 

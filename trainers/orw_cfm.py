@@ -20,7 +20,8 @@ from diffalign.objectives.rewarded import exponential_weights
 from diffalign.objectives.weighted import anchored_error
 from diffalign.sampling.collection import Collected
 from diffalign.trainers.forward_online import ForwardOptions, ForwardTrainer
-from diffalign.trainers.online import CleanRows, Losses, Rows, WholeRound, sample_weights, whole_round
+from diffalign.trainers.online import Losses, WholeRound, sample_weights, whole_round
+from diffalign.trainers.online_rows import CleanRows, Rows
 
 
 class ORWConfig(ForwardOptions):

@@ -22,16 +22,8 @@ from diffalign.objectives.policy import clipped_surrogate
 from diffalign.randomness import Draw
 from diffalign.rewards.combine.pareto import hypervolume, pareto_front
 from diffalign.sampling.collection import Collected
-from diffalign.trainers.online import (
-    Losses,
-    OnlineOptions,
-    OnlineTrainer,
-    Rows,
-    StepRows,
-    StepTable,
-    sample_weights,
-    whole_round,
-)
+from diffalign.trainers.online import Losses, OnlineOptions, OnlineTrainer, sample_weights, whole_round
+from diffalign.trainers.online_rows import Rows, StepRows, StepTable
 
 Scaling = Literal["range", "deviation", "raw"]
 

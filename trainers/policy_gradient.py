@@ -30,18 +30,8 @@ from diffalign.rewards.combine.groups import disagreement, most_disputed
 from diffalign.sampling.collection import Collected
 from diffalign.sampling.rollout import Sampler, Told, step_noise
 from diffalign.sampling.transition import Kernel, Transition, coefficients
-from diffalign.trainers.online import (
-    Losses,
-    OnlineTrainer,
-    Rows,
-    State,
-    StepRows,
-    StepTable,
-    WholeRound,
-    moved,
-    sample_weights,
-    whole_round,
-)
+from diffalign.trainers.online import Losses, OnlineTrainer, State, WholeRound, sample_weights, whole_round
+from diffalign.trainers.online_rows import Rows, StepRows, StepTable, moved
 from diffalign.trainers.pairs import elements_of
 from diffalign.trainers.policy_forms import (
     PolicyGradientConfig,

@@ -26,17 +26,8 @@ from diffalign.randomness import Draw, generator
 from diffalign.sampling.collection import Collected
 from diffalign.sampling.rollout import chunks
 from diffalign.sampling.transition import Kernel
-from diffalign.trainers.online import (
-    Losses,
-    OnlineOptions,
-    OnlineTrainer,
-    Rows,
-    StepRows,
-    StepTable,
-    moved,
-    places_of_step,
-    sample_weights,
-)
+from diffalign.trainers.online import Losses, OnlineOptions, OnlineTrainer, places_of_step, sample_weights
+from diffalign.trainers.online_rows import Rows, StepRows, StepTable, moved
 
 
 class PRDPConfig(OnlineOptions):

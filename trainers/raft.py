@@ -28,15 +28,8 @@ from diffalign.randomness import Draw, batch_records, derive_seed, generator
 from diffalign.sampling.collection import Collected, joined
 from diffalign.sampling.rollout import Told, predict
 from diffalign.trainers.forward_online import whole_round
-from diffalign.trainers.online import (
-    CleanRows,
-    Losses,
-    OnlineOptions,
-    OnlineTrainer,
-    Rows,
-    State,
-    sample_weights,
-)
+from diffalign.trainers.online import Losses, OnlineOptions, OnlineTrainer, State, sample_weights
+from diffalign.trainers.online_rows import CleanRows, Rows
 
 
 class RAFTConfig(OnlineOptions):

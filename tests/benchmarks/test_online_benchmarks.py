@@ -10,18 +10,28 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks import learning_curves, online_methods
-from benchmarks.online_methods import RECIPES, Run, budget, chosen, commands, curve, smoothed, table
+from benchmarks.online_methods import (
+    OPTIMISED,
+    RECIPES,
+    Run,
+    budget,
+    chosen,
+    commands,
+    curve,
+    smoothed,
+    table,
+)
 from diffalign.config import load_recipe, trainer_config
 
 
-@pytest.mark.parametrize(
-    "run", chosen(None, ["scenes-judge", "scenes-preference"], [0, 1]), ids=lambda run: run.name
-)
+@pytest.mark.parametrize("run", chosen(None, list(OPTIMISED), [0, 1]), ids=lambda run: run.name)
 def test_every_cell_is_a_valid_recipe_with_the_budget_asked_for(run, tmp_path):
     train, evaluate = commands(run, tmp_path, 4096, 64)
     config = load_recipe(train[4], train[5:])
     options = trainer_config(config)
-    assert (config.name, config.seed, options.reward) == (run.name, run.seed, run.reward)
+    assert (config.name, config.seed) == (run.name, run.seed)
+    judged = {"reward": "scenes-judge", "measure": "score"}
+    assert options.reward == {"judge": judged, "preference": "scenes-preference"}[run.reward]
     rounds = config.optim.steps / (options.updates * options.passes)
     drawn = rounds * options.prompts_per_round * options.samples
     assert 0.9 * 4096 <= drawn <= 1.1 * 4096
@@ -34,21 +44,23 @@ def test_every_cell_is_a_valid_recipe_with_the_budget_asked_for(run, tmp_path):
 
 
 def test_cells_have_names_of_their_own_and_unknown_methods_are_refused():
-    runs = chosen(None, online_methods.REWARDS, [0, 1])
+    runs = chosen(None, list(OPTIMISED), [0, 1])
     assert len({run.name for run in runs}) == len(runs) == 4 * len(RECIPES)
     with pytest.raises(ValueError, match="should be of: PRDP"):
-        chosen(["ppo"], ["scenes-judge"], [0])
+        chosen(["ppo"], ["judge"], [0])
+    with pytest.raises(ValueError, match="should be of: judge, preference"):
+        chosen(None, ["scenes-judge"], [0])
 
 
 def test_an_interrupted_cell_is_resumed(tmp_path):
-    run = Run("RAFT", "scenes-judge", 0)
+    run = Run("RAFT", "judge", 0)
     assert "--resume" not in commands(run, tmp_path, 100, 8)[0]
     (tmp_path / run.name / "checkpoints").mkdir(parents=True)
     assert commands(run, tmp_path, 100, 8)[0][-1] == "--resume"
 
 
 def test_curves_count_samples_up_to_the_end_of_each_round(tmp_path):
-    run = Run("RAFT", "scenes-judge", 0)
+    run = Run("RAFT", "judge", 0)
     _, each = budget(RECIPES["RAFT"], 1)
     (tmp_path / run.name).mkdir()
     lines = [
@@ -69,12 +81,12 @@ def test_the_table_shows_an_interval_for_one_seed_and_the_spread_for_several():
             }
         }
 
-    runs = [Run("RAFT", "scenes-judge", 0), Run("RAFT", "scenes-judge", 1), Run("NFT", "scenes-judge", 0)]
+    runs = [Run("RAFT", "judge", 0), Run("RAFT", "judge", 1), Run("NFT", "judge", 0)]
     done = dict(zip(runs, map(judged, (4, 6, 3)), strict=True))
     curves = {key: {"samples": [64, 128], "seconds": [5.0, 9.0], "reward": [0.0, 1.0]} for key in runs}
     lines = table(done, curves)
-    assert lines[2].startswith("| RAFT | scenes-judge | +5.0 ± 1.4 (+4.0, +6.0) |")
-    assert lines[3].startswith("| NFT | scenes-judge | +3.0 (+1.0 to +5.0) |")
+    assert lines[2].startswith("| RAFT | judge | +5.0 ± 1.4 (+4.0, +6.0) |")
+    assert lines[3].startswith("| NFT | judge | +3.0 (+1.0 to +5.0) |")
     assert lines[2].endswith("| 128 | 9 |")
 
 
