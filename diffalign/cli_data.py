@@ -156,3 +156,32 @@ def data_from_samples(
         format=format,
         on_error=on_error,
     )
+
+
+@data.command("caption")
+def data_caption(
+    source: Annotated[str, typer.Argument(help="Pairs: a file, folder, hub id, or scenes:preferences.")],
+    captioner: Annotated[
+        str,
+        typer.Option(metavar="MODULE:NAME", help="Function of a picture and its prompt; @ARGUMENT makes it."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the pairs and the captions.")],
+    perturb: Annotated[
+        Literal["weak", "medium", "strong"] | None,
+        typer.Option(help="Exchange words of the rejected picture's caption."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of the source.")] = "train",
+    format: Annotated[
+        str, typer.Option(help="A format of data.format; auto: by files and columns.")
+    ] = "auto",
+    pairs: Annotated[
+        Literal["all", "best_worst", "adjacent"], typer.Option(help="Which pairs a ranking gives.")
+    ] = "all",
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many records.")] = None,
+) -> None:
+    """Write a caption for every picture of pairs, so that each is told what it shows (DCPO)."""
+    from diffalign import commands_data
+
+    commands_data.caption_command(
+        source, captioner, out, perturb, split=split, format=format, pairs=pairs, limit=limit
+    )

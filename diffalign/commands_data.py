@@ -1,4 +1,4 @@
-"""What the commands under `diffalign data` do that make new data: relabelling pairs, pairs from samples."""
+"""What the commands under `diffalign data` do that make new data: labels, pairs from samples, captions."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rich.table import Table
 
 from diffalign.backbones import model_fingerprint
 from diffalign.commands import open_for_pictures, reward_specs
+from diffalign.data.captioning import Captioned, caption_records
 from diffalign.data.chances import Array
 from diffalign.data.from_samples import Sample, pairs_of, rank_samples, score_samples, write_samples
 from diffalign.data.from_samples import summary as samples_summary
@@ -221,6 +222,41 @@ def samples_table(report: Mapping[str, Any], main: str) -> Table:
     ):
         if report[key] is not None:
             table.add_row(escape(label), f"{report[key]:.4g}")
+    return table
+
+
+def caption_command(
+    source: str,
+    captioner: str,
+    out: Path,
+    perturb: str | None = None,
+    *,
+    split: str = "train",
+    format: str = "auto",
+    pairs: str = "all",
+    limit: int | None = None,
+) -> None:
+    """Caption the pictures of pairs, write the pairs with their captions, and print what came out."""
+    records = open_source(source, split, format, limit, pairs)
+    with Reporter(Console(stderr=True)) as reporter:
+        done = caption_records(records, captioner, out, perturb, split, reporter)
+    console = Console()
+    console.print(caption_table(done))
+    _say(console, f"{done.written} pairs in {out}; train with data.source={out} and trainer.captions=dual")
+
+
+def caption_table(done: Captioned) -> Table:
+    """Counts of pairs and captions, and why pairs were left out."""
+    table = Table(show_header=False)
+    table.add_row("pairs", f"{done.pairs:,}")
+    table.add_row("written", f"{done.written:,}")
+    table.add_row("captions that differ from the prompt", f"{done.changed:,} of {2 * done.written:,}")
+    if done.broken:
+        table.add_row("left out: broken picture", f"{done.broken:,}")
+    if done.failed:
+        table.add_row("left out: the captioner failed", f"{done.failed:,}; the next call tries them again")
+    if done.reason:
+        table.add_row("  the first time", escape(done.reason))
     return table
 
 

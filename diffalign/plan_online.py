@@ -22,10 +22,14 @@ class Drawing:
     steps: int
 
     @classmethod
-    def of(cls, options: Any, steps: int) -> Drawing:
-        """What `steps` optimiser steps of an online method with these options draw."""
+    def of(cls, options: Any, steps: int, told_guidance: bool = False) -> Drawing:
+        """What `steps` optimiser steps of an online method with these options draw.
+
+        Args:
+            told_guidance: whether a guided prediction takes one pass, since the network is told its scale.
+        """
         each = options.updates * options.passes
-        guided = 2 if options.sampling.guidance > 1 else 1
+        guided = 2 if options.sampling.guidance > 1 and not told_guidance else 1
         samples = options.prompts_per_round * options.samples
         return cls(-(-steps // each), samples, options.sampling.steps * guided, each)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffalign.config import RunConfig, trainer_class, trainer_config
-from diffalign.plan import NetworkSize, counting
+from diffalign.plan_network import NetworkSize, counting
 from diffalign.rewards.heads import build_head
 from diffalign.rewards.preference_head import clip_source
 

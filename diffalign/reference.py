@@ -1,4 +1,4 @@
-"""Stored reference errors: K fixed draws of (time, noise) per pair, evaluated once by the reference.
+"""Stored reference errors: K fixed draws of (time, noise) per pair or group, evaluated once by the reference.
 
 Training then only ever uses those draws, and the reference needs no forward and no memory. Each draw is a file
 of its own, named by a hash of all that its errors depend on: a file made from other pairs or by another network
@@ -12,25 +12,28 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from diffalign.backbones.base import Backbone
 from diffalign.data.cache import PairCache
+from diffalign.data.picture_cache import GroupCache
 from diffalign.data.shards import is_complete, read_tensors, write_tensors
-from diffalign.elbo import NoisedPairs, reference_errors
 from diffalign.errors import DiffalignError
 from diffalign.randomness import Draw, derive_seed
 
-BATCH = 32
+PICTURES = 64
+"""Pictures that the reference sees at once."""
 WAIT_SECONDS = 24 * 3600.0
 POLL_SECONDS = 0.5
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers of as many bytes as a number format, to read its bit patterns."""
 
-Noised = Callable[[Draw], NoisedPairs]
-"""Fetches the pairs of a draw and noises them."""
+Cache = TypeVar("Cache", PairCache, GroupCache)
+Measured = Callable[[Draw], Tensor]
+"""The reference's errors `[B, S]` of the records of a draw, S pictures each (of pairs the chosen one first)."""
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much is done, and how much there is."""
 
@@ -40,17 +43,20 @@ def silent(label: str, done: int, total: int) -> None:
 
 
 @dataclass(frozen=True)
-class FixedDraws:
-    """Pairs that are measured again and again at the draws (`seed`, 0) to (`seed`, `draws` - 1)."""
+class FixedDraws(Generic[Cache]):
+    """Pairs or groups that are measured again and again at the draws (`seed`, 0) to (`seed`, `draws` - 1)."""
 
-    cache: PairCache
+    cache: Cache
     seed: int
     draws: int
 
 
 @dataclass(frozen=True)
 class ReferenceErrors:
-    """Errors `[K, N, 2]` (draw, record, chosen and rejected) and the seed that the draws come from."""
+    """Errors `[K, N, S]` (draw, record, picture of it) and the seed that the draws come from.
+
+    The pictures of a pair are chosen and rejected, those of a group as the cache fetches them for the draw.
+    """
 
     errors: Tensor
     seed: int
@@ -59,39 +65,39 @@ class ReferenceErrors:
     def build(
         cls,
         backbone: Backbone,
-        pairs: FixedDraws,
-        noised: Noised,
+        fixed: FixedDraws[Any],
+        measured: Measured,
         *,
         noising: Sequence[object] = (),
         folder: Path | None = None,
         builder: bool = True,
         progress: Progress = silent,
     ) -> ReferenceErrors:
-        """Evaluate the reference on all draws of every pair, or read what an earlier run left in `folder`.
+        """Evaluate the reference on all draws of every record, or read what an earlier run left in `folder`.
 
         Must be called before the first training step: under full fine-tuning the network itself is the reference
         until then. A process that is not the `builder` waits for the files.
 
         Args:
-            noised: makes the noised pairs of a draw. noising: the options it follows, as part of the key.
+            measured: asks the reference. noising: the options by which records are noised, as part of the key.
 
         Raises:
             DiffalignError: a full disk, or waiting for a file took more than a day.
         """
-        key = reference_key(backbone, pairs, noising) if folder else ""
+        key = reference_key(backbone, fixed, noising) if folder else ""
         rows = []
-        for k in range(pairs.draws):
+        for k in range(fixed.draws):
             path = folder / f"{key}-{k:03d}.safetensors" if folder else None
             if path and not builder:
                 _wait_for(path, key)
             if path and is_complete(path, key):
                 rows.append(read_tensors(path)["errors"])
             else:
-                rows.append(_one_draw(backbone, pairs, noised, k))
+                rows.append(_one_draw(fixed, measured, k))
                 if path:
                     write_tensors(path, {"errors": rows[-1]}, {"key": key})
-            progress("reference errors", k + 1, pairs.draws)
-        return cls(torch.stack(rows), pairs.seed)
+            progress("reference errors", k + 1, fixed.draws)
+        return cls(torch.stack(rows), fixed.seed)
 
     def remap(self, draw: Draw) -> Draw:
         """The stored draw that stands for a training draw: which of the K is decided by the step.
@@ -104,7 +110,7 @@ class ReferenceErrors:
         )
 
     def lookup(self, draw: Draw) -> Tensor:
-        """Reference errors `[2B]` of a stored draw, chosen rows first.
+        """Reference errors `[B, S]` of a stored draw.
 
         Raises:
             ValueError: the draw is not one of the stored ones.
@@ -114,22 +120,21 @@ class ReferenceErrors:
                 f"draw {draw.step} of seed {draw.seed} is not stored; there are {len(self.errors)} draws of seed "
                 f"{self.seed}"
             )
-        rows = self.errors[draw.step, torch.as_tensor(list(draw.records))]
-        return rows.T.reshape(-1)
+        return self.errors[draw.step, torch.as_tensor(list(draw.records))]
 
 
-def reference_key(backbone: Backbone, pairs: FixedDraws, noising: Sequence[object] = ()) -> str:
-    """Hash of what stored errors depend on: encoded pairs and their order, network, process, precision, seed.
+def reference_key(backbone: Backbone, fixed: FixedDraws[Any], noising: Sequence[object] = ()) -> str:
+    """Hash of what stored errors depend on: encoded pictures and their order, network, process, precision, seed.
 
     Not of the number of draws: each draw is stored by itself.
     """
-    process, cache = backbone.process, pairs.cache
+    process, cache = backbone.process, fixed.cache
     tables = [b"" if t is None else t.numpy().tobytes() for t in (process.alphas_cumprod, process.grid)]
     network = (str(backbone.dtype), process.prediction, process.time_scale, frozen_fingerprint(backbone))
     told = backbone.config.guidance_embedding
-    facts = (cache.key, cache.mode, pairs.seed, told, *network, *noising)
+    facts = (cache.key, cache.mode, fixed.seed, told, *network, *noising)
     digest = hashlib.blake2b(repr(facts).encode(), digest_size=16)
-    for part in (cache.pairs.records.tobytes(), cache.pairs.chosen.tobytes(), *tables):
+    for part in (*(places.tobytes() for places in cache.places), *tables):
         digest.update(hashlib.blake2b(part).digest())
     return digest.hexdigest()
 
@@ -152,13 +157,13 @@ def frozen_fingerprint(backbone: Backbone) -> str:
     return digest.hexdigest()
 
 
-def _one_draw(backbone: Backbone, pairs: FixedDraws, noised: Noised, k: int) -> Tensor:
-    """Reference errors `[N, 2]` of draw k for every record."""
-    parts, size = [], len(pairs.cache)
-    for start in range(0, size, BATCH):
-        records = list(range(start, min(start + BATCH, size)))
-        errors = reference_errors(backbone, noised(Draw(pairs.seed, k, records, records, size)))
-        parts.append(errors.cpu().reshape(2, -1).T)
+def _one_draw(fixed: FixedDraws[Any], measured: Measured, k: int) -> Tensor:
+    """Reference errors `[N, S]` of draw k for every record."""
+    parts, size = [], len(fixed.cache)
+    rows = max(1, PICTURES // fixed.cache.slots)
+    for start in range(0, size, rows):
+        records = list(range(start, min(start + rows, size)))
+        parts.append(measured(Draw(fixed.seed, k, records, records, size)).cpu())
     return torch.cat(parts).contiguous()
 
 

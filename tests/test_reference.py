@@ -14,6 +14,7 @@ from diffalign.elbo import pair_errors
 from diffalign.errors import DiffalignError
 from diffalign.reference import FixedDraws, ReferenceErrors, reference_key
 from diffalign.trainers.dpo import DPOConfig, DPOTrainer
+from diffalign.trainers.pairs import chosen_first
 
 OPTIONS = {"reference": "cached", "reference_draws": 2}
 
@@ -47,7 +48,8 @@ def test_trained_adapters_get_the_loss_that_a_reference_forward_gives(backbone, 
     move_weights(backbone)
     for step in range(3):
         batch = trainer.fetch(whole_draw(step=step))
-        stored = pair_errors(backbone, trainer._noised(batch), trainer._stored.lookup(batch.draw))
+        stored = chosen_first(trainer._stored.lookup(batch.draw))
+        stored = pair_errors(backbone, trainer._noised(batch), stored)
         asked = pair_errors(backbone, trainer._noised(batch))
         assert asked.chosen_delta.abs().min() > 1e-5
         for name in ("chosen_delta", "rejected_delta"):
@@ -148,8 +150,9 @@ def test_a_step_uses_one_stored_draw_whatever_the_batch():
     assert {stored.remap(whole_draw(step=step)).step for step in range(30)} == {0, 1, 2}
     # Draw k, records 0 to 3: chosen errors are the even numbers from 12 k, rejected ones follow them.
     first = 12 * whole.step
-    expected = [first, first + 2, first + 4, first + 6, first + 1, first + 3, first + 5, first + 7]
+    expected = [[first, first + 1], [first + 2, first + 3], [first + 4, first + 5], [first + 6, first + 7]]
     assert stored.lookup(whole).tolist() == expected
+    assert chosen_first(stored.lookup(whole)).tolist() == [row[side] for side in (0, 1) for row in expected]
 
 
 def test_a_draw_that_is_not_stored_is_refused():

@@ -32,7 +32,14 @@ from diffalign.objectives.pair_losses import (
 from diffalign.objectives.pairwise import dpo_margin, smoothed_preference
 from diffalign.objectives.rewarded import modpo_margin
 from diffalign.process import Process
-from diffalign.trainers.pairs import Losses, PairOptions, PairTrainer, elements_of, pair_metrics
+from diffalign.trainers.pairs import (
+    Losses,
+    PairOptions,
+    PairTrainer,
+    chosen_first,
+    elements_of,
+    pair_metrics,
+)
 
 PairLossName = Literal["sigmoid", "hinge", "ipo", "exo", "sppo", "nca", "bce", "apo_zero", "apo_down"]
 # Losses that see nothing but the margin, so that other rewards can be taken out of it.
@@ -159,7 +166,7 @@ class DPOTrainer(PairTrainer):
 
     def _errors(self, batch: PairBatch) -> PairErrors:
         """Errors `[B]` at this draw's times, averaged over several of them."""
-        stored = self._stored.lookup(batch.draw) if self._stored else None
+        stored = chosen_first(self._stored.lookup(batch.draw)) if self._stored else None
         draws = self.config.times_per_pair
         pairs = self._noised(batch, draws)
         errors = pair_errors(self.backbone, pairs, stored)

@@ -10,11 +10,12 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from diffalign.backbones.base import Backbone
 from diffalign.data.batch import GroupBatch
+from diffalign.elbo import reference_errors
 from diffalign.objectives.listwise import (
     all_pairs,
     lipo_lambda_loss,
@@ -22,6 +23,7 @@ from diffalign.objectives.listwise import (
     softmax_matching_loss,
 )
 from diffalign.objectives.pairwise import error_delta, squared_error
+from diffalign.randomness import Draw
 from diffalign.trainers.pairs import Losses
 from diffalign.trainers.pictures import PictureOptions, PictureTrainer
 
@@ -41,9 +43,21 @@ class ListwiseConfig(PictureOptions):
     group_size: int | None = Field(default=None, ge=2)
     """Pictures of a group per step: of larger groups a random sample, smaller ones are left out. Memory grows with it.
     null: the most frequent size of the data."""
-    reference: Literal["adapters_off", "frozen_copy"] = "adapters_off"
+    reference: Literal["adapters_off", "frozen_copy", "cached"] = "adapters_off"
     """Where the reference's errors come from. adapters_off: the same network without its adapters (LoRA only), no
-    memory. frozen_copy: a second network; full fine-tuning always uses one."""
+    memory. frozen_copy: a second network (full fine-tuning). cached: computed once for `reference_draws` fixed
+    draws a group and stored, which saves a third of the compute with LoRA, a quarter without."""
+    reference_draws: int = Field(default=8, ge=1)
+    """Draws of (time, noise) a group when `reference` is `cached`, and of groups larger than `group_size` also of its
+    pictures; filling the store costs that many reference forwards a group, few draws overfit."""
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> ListwiseConfig:
+        if self.reference == "cached" and self.times_per_picture > 1:
+            raise ValueError(
+                "times_per_picture should be 1 for reference=cached: a step uses one stored draw"
+            )
+        return self
 
 
 class ListwiseTrainer(PictureTrainer):
@@ -59,16 +73,29 @@ class ListwiseTrainer(PictureTrainer):
 
     def loss(self, batch: GroupBatch) -> Losses:
         """Per-group losses `[B]` and metrics `[B]`."""
-        noised = self._noised_together(batch)
-        inputs = (noised.x_t, noised.t, noised.conditioning)
-        reference = self.backbone.predict(*inputs, reference=True)
-        policy = self.backbone.predict(*inputs)
-        shape = (self.config.times_per_picture, *batch.values.shape)
-        delta = error_delta(policy, reference, noised.target).reshape(shape).mean(0)
-        error = squared_error(policy.detach(), noised.target).reshape(shape).mean(0)
+        error, delta = self._errors(batch)
         scores, values = -0.5 * self.beta * delta, batch.values.to(delta.device)
         losses = batch.weight.to(delta.device) * self._losses(scores, values)
         return losses, group_metrics(scores, values, delta, error)
+
+    def _errors(self, batch: GroupBatch) -> tuple[Tensor, Tensor]:
+        """The policy's errors, and with gradients what they are above the reference's, each `[B, K]`."""
+        noised = self._noised_together(batch)
+        inputs = (noised.x_t, noised.t, noised.conditioning)
+        shape = (self.config.times_per_picture, *batch.values.shape)
+        if self._stored is not None:
+            error = squared_error(self.backbone.predict(*inputs), noised.target).reshape(shape).mean(0)
+            return error.detach(), error - self._stored.lookup(batch.draw).to(error.device)
+        reference = self.backbone.predict(*inputs, reference=True)
+        policy = self.backbone.predict(*inputs)
+        error = squared_error(policy.detach(), noised.target)
+        delta = error_delta(policy, reference, noised.target)
+        return error.reshape(shape).mean(0), delta.reshape(shape).mean(0)
+
+    def _reference_errors(self, draw: Draw) -> Tensor:
+        """The reference's errors `[B, K]` of the groups of exactly this draw."""
+        batch = self._batch(draw)
+        return reference_errors(self.backbone, self._noised_together(batch)).reshape(batch.values.shape)
 
     def _losses(self, scores: Tensor, values: Tensor) -> Tensor:
         if self.config.loss == "plackett_luce":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -16,11 +15,11 @@ from diffalign.conditioning import Conditioning
 from diffalign.config import StrictModel
 from diffalign.data.batch import PairBatch
 from diffalign.data.cache import PairCache
-from diffalign.elbo import NoisedPairs, noise_pairs, pair_errors
+from diffalign.elbo import NoisedPairs, noise_pairs, pair_errors, reference_errors
 from diffalign.errors import DiffalignError
 from diffalign.objectives.pairwise import dpo_margin
 from diffalign.randomness import Draw, derive_seed
-from diffalign.reference import FixedDraws, Progress, ReferenceErrors, silent
+from diffalign.reference import FixedDraws, Measured, Progress, ReferenceErrors, silent
 
 Losses = tuple[Tensor, dict[str, Tensor]]
 # Pairs that are searched for a second caption before the data is refused.
@@ -103,7 +102,7 @@ class PairTrainer:
         folder: Path | None = None,
         builder: bool = True,
         *,
-        held_out: FixedDraws | None = None,
+        held_out: FixedDraws[PairCache] | None = None,
         progress: Progress = silent,
     ) -> None:
         """Take the data, and compute the reference's errors that will be looked up. Before any weight is trained.
@@ -120,14 +119,12 @@ class PairTrainer:
         if self.config.captions == "dual":
             require_dual_captions(cache)
 
-        def build(
-            pairs: FixedDraws, noised: Callable[[Draw], NoisedPairs], *options: object
-        ) -> ReferenceErrors:
+        def build(fixed: FixedDraws[Any], measured: Measured, *options: object) -> ReferenceErrors:
             noising = (self.config.stratified_times, self.config.time_weighting, *options)
             return ReferenceErrors.build(
                 self.backbone,
-                pairs,
-                noised,
+                fixed,
+                measured,
                 noising=noising,
                 folder=folder,
                 builder=builder,
@@ -137,15 +134,12 @@ class PairTrainer:
         if getattr(self.config, "reference", None) == "cached":
             fixed = FixedDraws(cache, derive_seed(self.seed, "reference draws"), self.config.reference_draws)
             shared = ("shared captions",) if self.config.captions == "shared" else ()
-            self._stored = build(
-                fixed,
-                lambda draw: self._noised(self._batch(draw)),
-                self.config.caption_dropout,
-                *shared,
-            )
+            self._stored = build(fixed, self._reference_errors, self.config.caption_dropout, *shared)
         full = self.backbone.config.tune == "full"
         if held_out is not None and full and not self.needs_frozen_copy(self.config, "full"):
-            self._stored_held_out = build(held_out, lambda draw: self._noised(held_out.cache.fetch(draw)))
+            self._stored_held_out = build(
+                held_out, lambda draw: self._pair_reference(held_out.cache.fetch(draw))
+            )
 
     def fetch(self, draw: Draw) -> PairBatch:
         """The batch of a draw: with cached reference errors one of the stored draws, and captions dropped by chance.
@@ -166,7 +160,8 @@ class PairTrainer:
         Also for methods that train without a reference: so the held-out numbers mean the same for all.
         """
         stored = self._stored_held_out.lookup(draw) if self._stored_held_out else None
-        errors = pair_errors(self.backbone, self._noised(replace(batch, draw=draw)), stored)
+        noised = self._noised(replace(batch, draw=draw))
+        errors = pair_errors(self.backbone, noised, None if stored is None else chosen_first(stored))
         return errors.chosen_delta, errors.rejected_delta
 
     def margin(self, chosen_delta: Tensor, rejected_delta: Tensor) -> Tensor:
@@ -185,6 +180,14 @@ class PairTrainer:
         return drop_captions(
             batch, draw.uniform("caption dropout") < self.config.caption_dropout, self._cache
         )
+
+    def _reference_errors(self, draw: Draw) -> Tensor:
+        """The reference's errors `[B, S]` of the training records of exactly this draw."""
+        return self._pair_reference(self._batch(draw))
+
+    def _pair_reference(self, batch: PairBatch) -> Tensor:
+        """The reference's errors `[B, 2]` of chosen and rejected."""
+        return reference_errors(self.backbone, self._noised(batch)).reshape(2, -1).T
 
     def _noised(self, batch: PairBatch, times: int = 1) -> NoisedPairs:
         """Noise a batch with the noise and times of its draw, shared inside each pair; `times` draws of each."""
@@ -210,6 +213,11 @@ def pair_metrics(margin: Tensor, errors: dict[str, Tensor], **more: Tensor) -> d
     """What every method logs `[B]`, without gradients: margin, implicit accuracy and the named errors."""
     metrics = {"margin": margin, "implicit_accuracy": (margin > 0).float(), **errors, **more}
     return {name: value.detach() for name, value in metrics.items()}
+
+
+def chosen_first(errors: Tensor) -> Tensor:
+    """Errors `[B, 2]` of chosen and rejected as `[2B]`, all chosen rows first."""
+    return errors.T.reshape(-1)
 
 
 def averaged(values: Tensor, draws: int) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,6 +59,8 @@ class PairCache:
     """
 
     unit: ClassVar[str] = "pairs"
+    slots: ClassVar[int] = 2
+    """Pictures of a record."""
 
     def __init__(self, store: EncodedRecords, pairs: Pairs) -> None:
         self.store = store
@@ -88,6 +91,11 @@ class PairCache:
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    @property
+    def places(self) -> tuple[np.ndarray, ...]:
+        """Which encoded images are fetched as what: equal places of one store are the same pictures in one order."""
+        return self.pairs.records, self.pairs.chosen
 
     def fetch(self, draw: Draw) -> PairBatch:
         """The pairs of a draw, on the CPU. Posterior noise and flips depend on (seed, step, record) only."""

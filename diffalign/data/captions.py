@@ -1,26 +1,18 @@
-"""A caption of its own for the rejected picture: perturbed from the given one, or written by a captioner.
+"""A caption of its own for the rejected picture, perturbed from the given one.
 
 Dual captions (DCPO, Saeidi et al. 2025, arXiv 2502.06023): with one caption for both pictures the rejected one is told
-something that it does not show. Its variants: -c captions both pictures (`caption_records`), -p perturbs the rejected
+something that it does not show. Its variants: -c captions both pictures (`captioning`), -p perturbs the rejected
 picture's caption (`perturb_rejected`), -h captions both and perturbs the rejected one's.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from importlib import import_module
-from pathlib import Path
-from typing import Any
 
-from PIL import Image
-
-from diffalign.data.images import BrokenImage, decode
-from diffalign.data.records import ImageSource, PreferenceRecord, Records
+from diffalign.data.records import PreferenceRecord, Records
 from diffalign.errors import DiffalignError, did_you_mean
 from diffalign.randomness import derive_seed
 
@@ -58,9 +50,6 @@ ATTRIBUTES: tuple[tuple[str, ...], ...] = (
 _FAMILY = {word: family for family in ATTRIBUTES for word in family}
 _SHORTEST_DROPPED = 4
 
-Captioner = Callable[[Image.Image, str], str]
-"""A picture (upright RGB) and the prompt it was made from to a caption of what it shows."""
-
 
 def perturb_caption(text: str, level: str = "medium", seed: int = 0) -> str:
     """A caption that says something else: attributes swapped with each other or replaced by another of their kind.
@@ -72,11 +61,7 @@ def perturb_caption(text: str, level: str = "medium", seed: int = 0) -> str:
     Raises:
         DiffalignError: no such level.
     """
-    if level not in LEVELS:
-        raise DiffalignError(
-            f"the perturbation level is {level!r}; expected one of: {', '.join(LEVELS)}."
-            f"{did_you_mean(level, list(LEVELS))}"
-        )
+    check_level(level)
     words = re.findall(r"\w+|\W+", text)
     attributes = [i for i, word in enumerate(words) if word.lower() in _FAMILY]
     if not attributes:
@@ -95,116 +80,36 @@ def perturb_rejected(records: Records, level: str, seed: int = 0) -> Records:
     Raises:
         DiffalignError: no such level.
     """
-    rows = [_perturbed(row, level, seed) for row in records.rows]
+    rows = [perturbed(row, level, seed) for row in records.rows]
     identity = None if records.identity is None else _identity(records.identity, "perturbed", level, seed)
     return replace(records, rows=rows, identity=identity)
 
 
-def caption_records(
-    records: Records, captioner: Captioner | str, folder: Path, perturbation: str | None = None
-) -> Path:
-    """Caption every picture and write the pairs to `folder/captioned.jsonl`, ready as a `data.source`.
-
-    Pictures held as bytes are written beside it. Records with a picture that cannot be decoded are left out.
-
-    Args:
-        captioner: the function, or `module:name` of one. perturbation: level for the rejected picture's caption
-            (DCPO-h), None: as written (DCPO-c).
+def check_level(level: str) -> None:
+    """Compare a level with the known ones.
 
     Raises:
-        DiffalignError: no such captioner or level, it returned no text, or no picture could be decoded.
+        DiffalignError: no such level.
     """
-    function = load_captioner(captioner) if isinstance(captioner, str) else captioner
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for index, record in enumerate(records):
-        try:
-            prompts = [
-                _captioned(function, image, prompt)
-                for image, prompt in zip((record.image_0, record.image_1), record.prompts, strict=True)
-            ]
-        except BrokenImage:
-            continue
-        row = replace(record, prompt=prompts[0], prompt_1=prompts[1])
-        row = row if perturbation is None else _perturbed(row, perturbation, 0)
-        lines.append(_line(row, index, folder))
-    if not lines:
+    if level not in LEVELS:
         raise DiffalignError(
-            f"no pair of {records.description} has two readable pictures; nothing to caption. Run `diffalign data "
-            "validate` on the source."
+            f"the perturbation level is {level!r}; expected one of: {', '.join(LEVELS)}."
+            f"{did_you_mean(level, list(LEVELS))}"
         )
-    path = folder / "captioned.jsonl"
-    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
-    return path
 
 
-def load_captioner(path: str) -> Captioner:
-    """The function that `module:name` names; modules of the current folder are found, too.
+def perturbed(row: PreferenceRecord, level: str, seed: int = 0) -> PreferenceRecord:
+    """A record whose rejected picture has a perturbed caption; ties keep theirs.
 
     Raises:
-        DiffalignError: there is no such module or name, or it cannot be called.
+        DiffalignError: no such level.
     """
-    module, _, name = path.partition(":")
-    if not name:
-        raise DiffalignError(
-            f"the captioner is {path!r}; expected `module:name` of a function(image, prompt)"
-        )
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    try:
-        function: Any = getattr(import_module(module), name)
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise DiffalignError(
-            f"captioner {path!r}: {error}; expected `module:name` of an importable module"
-        ) from error
-    if not callable(function):
-        raise DiffalignError(f"captioner {path!r} is a {type(function).__name__}; expected a function")
-    return function  # type: ignore[no-any-return]
-
-
-def _captioned(captioner: Captioner, image: ImageSource, prompt: str) -> str:
-    caption = captioner(decode(image), prompt)
-    if not isinstance(caption, str) or not caption.strip():
-        raise DiffalignError(f"the captioner returned {caption!r} for {prompt!r}; expected a text")
-    return caption
-
-
-def _perturbed(row: PreferenceRecord, level: str, seed: int) -> PreferenceRecord:
-    """A record whose rejected picture has a perturbed caption."""
     first, second = row.prompts
     if row.is_tie:
         return row
     if row.chosen is row.image_0 and row.label_0 > 0.5:
         return replace(row, prompt_1=perturb_caption(second, level, seed))
     return replace(row, prompt=perturb_caption(first, level, seed), prompt_1=second)
-
-
-def _line(row: PreferenceRecord, index: int, folder: Path) -> dict[str, Any]:
-    """The JSONL fields of a record, its pictures written where they are only bytes."""
-    names = [
-        _picture_name(image, index, slot, folder) for slot, image in enumerate((row.image_0, row.image_1))
-    ]
-    first, second = row.prompts
-    line = {
-        "chosen": names[0],
-        "rejected": names[1],
-        "chosen_prompt": first,
-        "rejected_prompt": second,
-        "label": row.label_0,
-        "weight": row.weight,
-        "source": row.source,
-        "labels": dict(row.labels),
-    }
-    return line if row.user is None else {**line, "user": row.user}
-
-
-def _picture_name(image: ImageSource, index: int, slot: int, folder: Path) -> str:
-    if isinstance(image, Path):
-        return str(image.absolute())
-    name = f"images/{index:06d}-{slot}"
-    (folder / "images").mkdir(exist_ok=True)
-    (folder / name).write_bytes(image)
-    return name
 
 
 def _another(words: Sequence[str], place: int, key: int) -> str:

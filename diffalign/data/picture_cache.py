@@ -79,6 +79,17 @@ class GroupCache:
     def __len__(self) -> int:
         return len(self.groups)
 
+    @property
+    def slots(self) -> int:
+        """Pictures of a group that are fetched."""
+        return self.groups.size
+
+    @property
+    def places(self) -> tuple[np.ndarray, ...]:
+        """Which encoded images are fetched as what: equal places of one store are the same pictures in one order."""
+        groups = self.groups
+        return groups.pictures.records, groups.pictures.slots, groups.starts, np.array([groups.size])
+
     def fetch(self, draw: Draw) -> GroupBatch:
         """The groups of a draw, on the CPU, their pictures in an order drawn by (seed, step, record)."""
         groups = self.groups

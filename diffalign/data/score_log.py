@@ -6,7 +6,6 @@ and per reward mean, std and members, or the reason why the picture cannot be re
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,9 +20,8 @@ from torch import Tensor
 
 from diffalign.data.images import MAX_PIXELS, BrokenImage, decode
 from diffalign.data.keys import Progress
-from diffalign.data.lines import cut_unfinished, whole_lines
+from diffalign.data.lines import append_lines, open_log
 from diffalign.data.records import ImageSource
-from diffalign.errors import DiffalignError
 
 FORMAT = "diffalign-scores"
 MEMBER = re.compile(r"member[-_]\d+")
@@ -90,12 +88,7 @@ class ScoreLog:
         self.path = path
         self.scores: dict[str, dict[str, Score]] = {}
         self.broken: dict[str, str] = {}
-        self._header = {"format": FORMAT, "version": 1, **json.loads(json.dumps(dict(about)))}
-        if path.is_file():
-            self._read()
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(self._header, ensure_ascii=False) + "\n", encoding="utf-8")
+        open_log(path, {"format": FORMAT, "version": 1, **about}, "scores", self._take)
 
     def __contains__(self, key: str) -> bool:
         return key in self.scores or key in self.broken
@@ -110,46 +103,9 @@ class ScoreLog:
             {"key": key, "scores": {n: asdict(s) for n, s in found.items()}} for key, found in scores.items()
         ]
         lines += [{"key": key, "broken": reason} for key, reason in broken.items()]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(text)
-        except OSError as error:
-            raise DiffalignError(
-                f"cannot write {self.path}: {error}. Free some space and start again: it continues where it stopped."
-            ) from error
+        append_lines(self.path, lines)
         self.scores.update(scores)
         self.broken.update(broken)
-
-    def _read(self) -> None:
-        """Take the lines of an earlier run, and cut off a last one that was not finished."""
-        header, *lines = whole_lines(self.path) or [""]
-        self._check(header)
-        for number, line in enumerate(lines, 2):
-            try:
-                self._take(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
-                raise DiffalignError(
-                    f"{self.path}, line {number} is not a score ({type(error).__name__}: {error}). Remove the file to "
-                    "score again."
-                ) from error
-        cut_unfinished(self.path)
-
-    def _check(self, line: str) -> None:
-        try:
-            header = json.loads(line)
-        except ValueError:
-            header = None
-        if not isinstance(header, dict) or header.get("format") != FORMAT:
-            raise DiffalignError(f"{self.path} holds no scores; choose another folder, or remove the file")
-        names = sorted({*header, *self._header})
-        different = [name for name in names if header.get(name) != self._header.get(name)]
-        if different:
-            raise DiffalignError(
-                f"{self.path} holds scores with another {', '.join(different)} (there: "
-                f"{header.get(different[0])!r}, asked for: {self._header.get(different[0])!r}). Choose another folder, "
-                "or remove this file to score again."
-            )
 
     def _take(self, line: dict[str, Any]) -> None:
         if "broken" in line:

@@ -34,6 +34,11 @@ def write_text(path: Path, text: str) -> None:
     _write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file of these bytes in the same way."""
+    _write(path, lambda partial: partial.write_bytes(data))
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, memory-mapped: pages are read when touched. They must not be written to.
 

@@ -27,7 +27,7 @@ from diffalign.backbones.loading import quiet
 from diffalign.config import ModelConfig, load_recipe
 from diffalign.errors import DiffalignError
 from diffalign.export.runs import save_lora
-from diffalign.plan import network_size
+from diffalign.plan_network import network_size
 from diffalign.reference import FixedDraws, reference_key
 from diffalign.sampling.generate import generate_images
 from diffalign.trainers.dpo import DPOConfig, DPOTrainer

@@ -18,7 +18,7 @@ from diffalign.elbo import NoisedPairs, pair_errors
 from diffalign.errors import DiffalignError
 from diffalign.export import save_pipeline
 from diffalign.objectives.pairwise import dpo_loss, dpo_margin
-from diffalign.plan import _Kept, network_size
+from diffalign.plan_network import Kept, network_size
 from diffalign.sampling.generate import generate_images
 
 PROMPTS = ["two red circles", "", "a blue square left of a star", "two red circles"]
@@ -300,7 +300,7 @@ def test_a_plan_counts_weights_products_and_what_autograd_keeps(tiny_sd3):
     backbone = opened(tiny_sd3)
     assert size.trained == sum(p.numel() for _, p in backbone.trainable_parameters())
     assert size.total == sum(p.numel() for p in backbone.core.parameters())
-    kept = _Kept({p.untyped_storage()._cdata for p in backbone.core.parameters()})
+    kept = Kept({p.untyped_storage()._cdata for p in backbone.core.parameters()})
     text = torch.zeros(2, 77 + 256, 48), torch.zeros(2, 28)
     with (
         torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x),

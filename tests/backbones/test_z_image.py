@@ -26,7 +26,7 @@ from diffalign.conditioning import Conditioning
 from diffalign.config import load_recipe
 from diffalign.errors import DiffalignError
 from diffalign.export.runs import save_lora
-from diffalign.plan import network_size
+from diffalign.plan_network import network_size
 from diffalign.sampling.generate import generate_images
 from diffalign.trainers.dpo import DPOConfig, DPOTrainer
 

@@ -1,4 +1,4 @@
-"""Perturbed and written captions: what changes, what must not, and where the caption ends up."""
+"""Perturbed captions: what changes, what must not, and where the caption ends up."""
 
 from __future__ import annotations
 
@@ -8,20 +8,17 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pair_fakes import encoded, records
-from PIL import Image
+from pair_fakes import records
 
 from diffalign.config import DataConfig
 from diffalign.data.captions import (
     ATTRIBUTES,
     LEVELS,
-    caption_records,
-    load_captioner,
     perturb_caption,
     perturb_rejected,
 )
 from diffalign.data.records import PreferenceRecord, as_records
-from diffalign.data.sources import open_held_out, open_records, open_source
+from diffalign.data.sources import open_held_out, open_records
 from diffalign.errors import DiffalignError
 from diffalign.samples import scenes
 from diffalign.samples.judge import judge
@@ -111,39 +108,3 @@ def test_the_recipe_option_perturbs_training_pairs_and_leaves_held_out_ones(tmp_
     (train,), (held_out,) = open_records(config).rows, open_held_out(config).rows
     assert train.prompts == (TWO, perturb_caption(TWO, "medium"))
     assert held_out.prompts == (TWO, TWO)
-
-
-def brightness(image: Image.Image, prompt: str) -> str:
-    return f"{prompt}, red {image.getpixel((0, 0))[0]}"
-
-
-def test_captions_are_written_as_a_source_that_reads_back(tmp_path):
-    source = [replace(row, weight=2.0, labels={"style": 0.25}) for row in records(2, labels=(1.0, 0.25))]
-    broken = PreferenceRecord("p", b"not a picture", encoded((1, 2, 3)), 1.0)
-    path = caption_records(as_records([*source, broken]), brightness, tmp_path / "out")
-    first, second = open_source(str(path))
-    assert first.prompts == ("prompt 0, red 0", "prompt 0, red 2")
-    assert second.prompts == ("prompt 1, red 4", "prompt 1, red 6")
-    assert (second.label_0, second.weight, dict(second.labels)) == (0.25, 2.0, {"style": 0.25})
-    assert second.image_1.read_bytes() == source[1].image_1
-
-
-def test_hybrid_captions_perturb_the_written_caption_of_the_rejected_picture(tmp_path):
-    path = caption_records(as_records(records(1)), lambda image, prompt: TWO, tmp_path, "strong")
-    assert open_source(str(path))[0].prompts == (TWO, perturb_caption(TWO, "strong"))
-
-
-def test_captioners_are_found_by_name_and_refused_with_a_reason(tmp_path):
-    assert load_captioner("posixpath:basename")("a/b") == "b"
-    for path, message in (
-        ("posixpath", "module:name"),
-        ("no_such_module:f", "no_such_module"),
-        ("posixpath:nothing", "nothing"),
-        ("posixpath:sep", "expected a function"),
-    ):
-        with pytest.raises(DiffalignError, match=message):
-            load_captioner(path)
-    with pytest.raises(DiffalignError, match=r"returned None"):
-        caption_records(as_records(records(1)), lambda image, prompt: None, tmp_path)
-    with pytest.raises(DiffalignError, match="two readable pictures"):
-        caption_records(as_records([PreferenceRecord("p", b"", b"", 1.0)]), brightness, tmp_path)

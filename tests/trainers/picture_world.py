@@ -12,7 +12,7 @@ from diffalign.data.picture_cache import GroupCache, PictureCache
 from diffalign.data.picture_labels import Pictures, pictures_of, pictures_of_pairs
 from diffalign.data.pictures import PictureRecord, PictureRecords, as_pictures
 from diffalign.data.records import as_records
-from diffalign.data.store import open_encoded
+from diffalign.data.store import EncodedRecords, open_encoded
 from diffalign.samples import scenes
 from diffalign.trainers import trainer_class
 
@@ -38,18 +38,25 @@ def make(
     backbone = open_model(model, **(opening or {}))
     kind = trainer_class(method)
     trainer = kind(kind.Config(**options), backbone, seed=0)
+    if "groups" in kind.data_kinds:
+        trainer.prepare(open_groups(backbone, folder, records, trainer.config.group_size))
+    else:
+        store, known = encoded_pictures(backbone, folder, records)
+        trainer.prepare(PictureCache(store, kind.choose(trainer.config, known)))
+    return trainer
+
+
+def open_groups(backbone: Any, folder: Path, records: Any = None, size: int | None = None) -> GroupCache:
+    """The cached groups of scored scenes or of `records`."""
+    return GroupCache(*encoded_pictures(backbone, folder, records), size)
+
+
+def encoded_pictures(backbone: Any, folder: Path, records: Any = None) -> tuple[EncodedRecords, Pictures]:
+    """Pictures of scored scenes or of `records`, encoded by `backbone` on first use, and what is known of them."""
     records = scored_scenes() if records is None else records
     data = DataConfig(source="unused", resolution=64, cache_dir=str(folder))
     store = open_encoded(records, lambda: backbone, data, backbone.config)
-    known: Pictures = (
-        pictures_of(records) if isinstance(records, PictureRecords) else pictures_of_pairs(records)
-    )
-    chosen = kind.choose(trainer.config, known)
-    if "groups" in kind.data_kinds:
-        trainer.prepare(GroupCache(store, chosen, trainer.config.group_size))
-    else:
-        trainer.prepare(PictureCache(store, chosen))
-    return trainer
+    return store, pictures_of(records) if isinstance(records, PictureRecords) else pictures_of_pairs(records)
 
 
 def pairs_of(trainer: Any, folder: Path, count: int = 6) -> Any:
