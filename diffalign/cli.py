@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from diffalign.cli_data import data
+from diffalign.cli_optimize import optimize
 from diffalign.cli_options import Guidance, Rows, Steps
 from diffalign.errors import DiffalignError
 
@@ -24,6 +25,7 @@ app = typer.Typer(
 recipes = typer.Typer(no_args_is_help=True, help="The shipped recipes.")
 app.add_typer(recipes, name="recipes")
 app.add_typer(data, name="data")
+app.command()(optimize)
 
 Recipe = Annotated[str, typer.Argument(help="A shipped recipe such as scenes/dpo, or a YAML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes such as optim.lr=1e-4.")]

@@ -43,10 +43,14 @@ def run_demo_command(output: Path, steps: int | None, seed: int) -> None:
 
 def list_recipes() -> None:
     """Names and what they are for; then the launcher files."""
-    from diffalign.recipes import launcher_names, recipe_names, summary
+    from diffalign.recipes import launcher_names, optimize_names, recipe_names, summary
 
     table = Table(box=None, show_header=False)
     for name in recipe_names():
+        table.add_row(name, summary(name))
+    table.add_section()
+    table.add_row("", "for diffalign optimize, which trains nothing:")
+    for name in optimize_names():
         table.add_row(name, summary(name))
     table.add_section()
     table.add_row("", "for accelerate launch --config_file, after diffalign recipes copy:")

@@ -45,6 +45,9 @@ class LoRAConfig(StrictModel):
     """Dropout on the adapters' input; above 0 the margin at step 0 is no longer exactly 0."""
     dora: bool = False
     """Weight-decomposed adapters (DoRA): often a little better, about a third slower."""
+    changes: Literal["network", "noise"] = "network"
+    """What adapters do: `network` tunes it; `noise` predicts how the initial noise should change, beside an unchanged
+    network (`trainer.method: hypernoise`)."""
 
 
 class ModelConfig(StrictModel):

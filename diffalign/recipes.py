@@ -8,11 +8,17 @@ from pathlib import Path
 from diffalign.errors import DiffalignError, nearest
 
 LAUNCHERS = "accelerate"
+OPTIMIZE = "optimize"
 
 
 def recipe_names() -> list[str]:
-    """Names of the shipped recipes such as `scenes/dpo`, sorted."""
-    return [name for name in _shipped() if not name.startswith(f"{LAUNCHERS}/")]
+    """Names of the shipped recipes of trainings such as `scenes/dpo`, sorted."""
+    return [name for name in _shipped() if not name.startswith((f"{LAUNCHERS}/", f"{OPTIMIZE}/"))]
+
+
+def optimize_names() -> list[str]:
+    """Names of the shipped recipes for `diffalign optimize`, sorted."""
+    return [name for name in _shipped() if name.startswith(f"{OPTIMIZE}/")]
 
 
 def launcher_names() -> list[str]:
@@ -21,15 +27,30 @@ def launcher_names() -> list[str]:
 
 
 def recipe_text(path_or_name: str) -> tuple[str, str]:
-    """Text of a recipe and the name to use in messages; an existing file goes before a shipped name.
+    """Text of a recipe of a training and the name to use in messages; an existing file goes before a shipped name.
 
     Raises:
         DiffalignError: neither a readable file nor a shipped recipe.
     """
+    if path_or_name.removesuffix(".yaml") in optimize_names() and not Path(path_or_name).is_file():
+        raise DiffalignError(f"{path_or_name} trains nothing; run it with: diffalign optimize {path_or_name}")
+    return _text(path_or_name, recipe_names())
+
+
+def optimize_text(path_or_name: str) -> tuple[str, str]:
+    """Text of a recipe for `diffalign optimize` and the name to use in messages.
+
+    Raises:
+        DiffalignError: neither a readable file nor a shipped recipe.
+    """
+    return _text(path_or_name, optimize_names())
+
+
+def _text(path_or_name: str, allowed: list[str]) -> tuple[str, str]:
     path = Path(path_or_name)
     if not path.is_file():
         name = path_or_name.removesuffix(".yaml")
-        return shipped_text(name, recipe_names()), f"recipe {name}"
+        return shipped_text(name, allowed), f"recipe {name}"
     try:
         return path.read_text(encoding="utf-8"), str(path)
     except (OSError, UnicodeDecodeError) as error:

@@ -162,14 +162,25 @@ def test_plan_follows_the_options(recipe):
     assert plan("trainer.reference=cached").flops() == pytest.approx(base.flops() * 2 / 3)
 
 
+@pytest.mark.parametrize(("name", "passes"), [("scenes/rlcm", 4), ("scenes/ddpo", 32)])
+def test_plan_of_an_online_run_counts_one_pass_where_the_network_is_told_its_scale(name, passes):
+    """Both are guided; only the consistency model needs no second branch."""
+    from diffalign.config import load_recipe
+    from diffalign.plan import plan_run
+
+    shortened = ["trainer.sampling.steps=16"] if name == "scenes/ddpo" else []
+    drawing = plan_run(load_recipe(name, [*shortened, "trainer.sampling.guidance=4"])).drawing
+    assert drawing.passes == passes
+
+
 def test_plan_counts_what_autograd_keeps(recipe):
     """The traced bytes are those a real forward of the same network saves, but for the attention kernel's own."""
-    from diffalign.plan import _Kept, _meta_network, network_size
+    from diffalign.plan_network import Kept, meta_network, network_size
 
     config = commands.recipe_with_overrides(str(recipe), ["model.tune=full"], None)
     traced = network_size(config, torch.float32).activations
-    network = _meta_network(config).to_empty(device="cpu")
-    kept = _Kept({p.untyped_storage()._cdata for p in network.parameters()})
+    network = meta_network(config).to_empty(device="cpu")
+    kept = Kept({p.untyped_storage()._cdata for p in network.parameters()})
     cond = {"text_embeds": torch.zeros(2, 12), "time_ids": torch.zeros(2, 6)}
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x):
         network(torch.zeros(2, 4, 16, 16), torch.zeros(2), torch.zeros(2, 77, 40), added_cond_kwargs=cond)
@@ -307,7 +318,12 @@ SURFACE = {
         "--batch-size --chosen-ranks --format --guidance --min-margin --num --on-error --out --per-prompt --prompts "
         "--rejected-ranks --resolution --rewards --rule --seed --steps --temperature model"
     ),
+    "data caption": "--captioner --format --limit --out --pairs --perturb --split source",
     "generate": ("--batch-size --guidance --num --out --prompt --prompts --resolution --seed --steps model"),
+    "optimize": (
+        "--batch-size --budget --guidance --held-out --iterations --labels --method --num-prompts --out --prompt "
+        "--prompts --replay --resolution --resume --reward --seed --steps overrides target"
+    ),
     "evaluate": (
         "--against --batch-size --checkpoint --drift-pictures --encoder --guidance --num --prompts --rewards --seed "
         "--seeds-per-prompt --steps run"

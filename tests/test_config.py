@@ -155,8 +155,8 @@ def test_every_field_says_what_it_does():
 
 FROZEN = """
 name output_dir seed model model.path model.revision model.variant model.tune model.lora model.lora.rank
-model.lora.alpha model.lora.targets model.lora.dropout model.lora.dora model.precision model.attention
-model.gradient_checkpointing model.compile
+model.lora.alpha model.lora.targets model.lora.dropout model.lora.dora model.lora.changes
+model.precision model.attention model.gradient_checkpointing model.compile
 model.few_steps model.guidance_embedding model.quantize model.text_encoder_3 model.vae model.prompt_prefix
 data data.source data.format data.kind data.pairs data.votes data.split data.held_out
 data.held_out_split data.resolution data.crop data.flip data.ties data.limit data.cache_dir data.latents

@@ -5,7 +5,15 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from diffalign.config import load_recipe, with_trainer_defaults
 from diffalign.errors import DiffalignError
-from diffalign.recipes import copy_recipe, launcher_names, recipe_names, recipe_text, shipped_text, summary
+from diffalign.recipes import (
+    copy_recipe,
+    launcher_names,
+    optimize_names,
+    recipe_names,
+    recipe_text,
+    shipped_text,
+    summary,
+)
 from diffalign.trainers import TRAINERS
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -23,7 +31,7 @@ def test_every_method_has_a_recipe_on_the_embedded_world():
 
 def test_every_file_of_the_folder_is_shipped():
     on_disk = {p.relative_to(CONFIGS).with_suffix("").as_posix() for p in CONFIGS.rglob("*.yaml")}
-    assert on_disk == {*recipe_names(), *launcher_names()}
+    assert on_disk == {*recipe_names(), *optimize_names(), *launcher_names()}
 
 
 @pytest.mark.parametrize("name", recipe_names())

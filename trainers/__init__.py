@@ -12,6 +12,7 @@ TRAINERS: dict[str, str] = {
     "dpo": "diffalign.trainers.dpo:DPOTrainer",
     "dragon": "diffalign.trainers.dragon:DragonTrainer",
     "dspo": "diffalign.trainers.dspo:DSPOTrainer",
+    "hypernoise": "diffalign.trainers.hypernoise:HypernoiseTrainer",
     "inpo": "diffalign.trainers.inpo:InPOTrainer",
     "kto": "diffalign.trainers.kto:KTOTrainer",
     "listwise": "diffalign.trainers.listwise:ListwiseTrainer",

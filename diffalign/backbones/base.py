@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from diffalign.backbones.attention import set_attention
@@ -19,6 +19,7 @@ from diffalign.backbones.meta import unet_inputs
 from diffalign.backbones.precision import autocast_forward
 from diffalign.backbones.quantized import compute_in, quantization_arguments
 from diffalign.backbones.schedule import scheduler_config, scheduler_process
+from diffalign.backbones.vae import latent_scaling, other_vae, vae_factor
 from diffalign.conditioning import Conditioning
 from diffalign.config import ModelConfig
 from diffalign.errors import DiffalignError
@@ -36,6 +37,7 @@ class Backbone:
         left_out: parts that a model may lack, and that `model.text_encoder_3=false` leaves out.
         core: the bare network. network: the same as the engine wraps it (DDP); `predict` calls this one.
         process: the forward process. latent_shape: `(C, h, w)`. resolution: `(height, width)` in pixels.
+        is_reference: whether this is inside `reference()`.
         anchor: adapter weights that the reference carries, with their parameters; none: it has no adapters.
         prompt_prefix: put before the prompts of pictures (`model.prompt_prefix`); empty inside `reference()`.
         device, dtype: where the network runs and in which number format; trained weights are float32.
@@ -63,13 +65,13 @@ class Backbone:
         self.prompt_prefix = config.prompt_prefix
         self.dtype = choose_precision(config.precision, device)
         self.core = self._load_network()
-        self.factor = self._vae_factor()
+        self.factor = vae_factor(source, config)
         self.latent_shape = self._latent_shape(resolution)
         self.resolution = (self.latent_shape[1] * self.factor, self.latent_shape[2] * self.factor)
         self.process = scheduler_process(source, config.few_steps, self._step_options)
         self.attention = set_attention(self.core, config.attention, device, self.dtype)
         self._frozen = self._frozen_copy() if frozen_copy else None
-        self._use_frozen = False
+        self._use_frozen = self.is_reference = False
         self.anchor: Sequence[tuple[nn.Parameter, Tensor]] = ()
         self._lora_layers = self._make_trainable(seed)
         self.core.to(device)
@@ -118,20 +120,20 @@ class Backbone:
         vae = self.pipeline().vae
         with torch.no_grad():
             posterior = vae.encode(images.to(self.device, vae.dtype)).latent_dist
-        shift, scale = _latent_scaling(vae, self.device)
+        shift, scale = latent_scaling(vae, self.device)
         return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images `[B, 3, H, W]` in [0, 1], float32, of latents `[B, C, h, w]`; differentiable."""
+        """Images `[B, 3, H, W]` in [0, 1], at least float32, of latents `[B, C, h, w]`; differentiable."""
         vae = self.pipeline().vae
-        shift, scale = _latent_scaling(vae, self.device)
+        shift, scale = latent_scaling(vae, self.device)
         images = vae.decode((latents.to(self.device) / scale + shift).to(vae.dtype), return_dict=False)[0]
-        return (images.float() / 2 + 0.5).clamp(0, 1)
+        return (at_least_float32(images) / 2 + 0.5).clamp(0, 1)
 
     # The network
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Conditioning, reference: bool = False) -> Tensor:
-        """The network's output `[B, C, h, w]` in float32, in its own parameterisation.
+        """The network's output `[B, C, h, w]` in float32 (float64 of float64 weights), in its own parameterisation.
 
         Args:
             x_t: noisy latents `[B, C, h, w]`. t: times `[B]` of the process.
@@ -171,7 +173,8 @@ class Backbone:
         """
         if self._frozen is None and self.config.tune == "full":
             raise DiffalignError("full fine-tuning has no reference model without a frozen copy.")
-        before, self._use_frozen = self._use_frozen, self._frozen is not None
+        before = self._use_frozen, self.is_reference
+        self._use_frozen, self.is_reference = self._frozen is not None, True
         try:
             with (
                 self.unprefixed(),
@@ -179,7 +182,7 @@ class Backbone:
             ):
                 yield
         finally:
-            self._use_frozen = before
+            self._use_frozen, self.is_reference = before
 
     @contextmanager
     def unprefixed(self) -> Iterator[None]:
@@ -255,7 +258,10 @@ class Backbone:
 
     def load_pipeline(self, network: nn.Module, dtype: torch.dtype) -> Any:
         """A new pipeline on the CPU around a network, its other parts loaded in a number format."""
-        parts = {self.network_name: network, **({"vae": self._other_vae(dtype)} if self.config.vae else {})}
+        parts = {
+            self.network_name: network,
+            **({"vae": other_vae(self.config, dtype)} if self.config.vae else {}),
+        }
         pipeline: Any = loading(
             f"pipeline {self.source.name}",
             lambda: self.pipeline_class.from_pretrained(
@@ -332,24 +338,6 @@ class Backbone:
         half = self.dtype == torch.bfloat16 or (self.dtype == torch.float16 and self.config.vae is not None)
         return self.dtype if half and self.device.type == "cuda" else torch.float32
 
-    def _other_vae(self, dtype: torch.dtype) -> AutoencoderKL:
-        return loading(
-            f"VAE {self.config.vae}",
-            lambda: AutoencoderKL.from_pretrained(self.config.vae, torch_dtype=dtype, use_safetensors=True),
-        )
-
-    def _vae_factor(self) -> int:
-        """Pixels per latent along one side, from the VAE's configuration alone."""
-        if self.config.vae is not None:
-            config = loading(f"VAE {self.config.vae}", lambda: AutoencoderKL.load_config(self.config.vae))
-        else:
-            revision = {"revision": self.source.revision} if self.source.revision else {}
-            config = loading(
-                f"VAE of {self.source.name}",
-                lambda: AutoencoderKL.load_config(self.source.path, subfolder="vae", **revision),
-            )
-        return int(2 ** (len(config["block_out_channels"]) - 1))
-
     def _latent_shape(self, resolution: int | None) -> tuple[int, int, int]:
         channels, side, multiple = self._latent_facts()
         side = side if resolution is None else resolution / self.factor
@@ -371,7 +359,8 @@ class Backbone:
 
     def _forward(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         # Embeddings are cast once here rather than in each of the cross-attention layers.
-        return self._call(network, x_t, self.process.model_time(t), cond.to(self.device, self.dtype)).float()
+        cond = cond.to(self.device, self.dtype)
+        return at_least_float32(self._call(network, x_t, self.process.model_time(t), cond))
 
     def _call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
         """The network's output `[B, C, h, w]` at times `[B]` as the network counts them."""
@@ -395,14 +384,9 @@ class Backbone:
         raise NotImplementedError
 
 
-def _latent_scaling(vae: Any, device: torch.device) -> tuple[Tensor | float, Tensor | float]:
-    """Shift and scale with `network_latent = (vae_latent - shift) * scale`."""
-    config = vae.config
-    if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
-        mean = torch.tensor(config.latents_mean, device=device).reshape(1, -1, 1, 1)
-        std = torch.tensor(config.latents_std, device=device).reshape(1, -1, 1, 1)
-        return mean, config.scaling_factor / std
-    return getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
+def at_least_float32(values: Tensor) -> Tensor:
+    """`values`, half precision widened to float32."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _with_missing(cond: Conditioning, other: Conditioning) -> Conditioning:

@@ -50,7 +50,7 @@ def target_modules(network: nn.Module, targets: str | Sequence[str]) -> list[str
 
 
 def add_lora(network: nn.Module, config: LoRAConfig, seed: int, autocast: bool) -> list[LoraLayer]:
-    """Freeze a network, add adapters to it in fp32 and return the adapted layers.
+    """Freeze a network, add adapters to it in fp32 and return the adapted layers; those for the noise are off.
 
     The second factor starts at zero, so the adapted network equals the base exactly; the first is normal,
     drawn from the seed whatever the state of the global generator.
@@ -77,6 +77,7 @@ def add_lora(network: nn.Module, config: LoRAConfig, seed: int, autocast: bool) 
     for layer in layers:
         layer.cast_input_dtype_enabled = not autocast
     fuse_linear_layers(layers)
+    switch_off(layers, config.changes == "noise")
     return layers
 
 
@@ -84,20 +85,42 @@ def add_lora(network: nn.Module, config: LoRAConfig, seed: int, autocast: bool) 
 def adapters_off(
     layers: Sequence[LoraLayer], anchor: Sequence[tuple[nn.Parameter, Tensor]] = ()
 ) -> Iterator[None]:
-    """The base network inside the block, or the one with the adapter weights of `anchor` (parameter and its value).
-
-    Sets only the layers' flags: peft's own switch also turns off `requires_grad` of every adapter weight,
-    which takes longer.
-    """
+    """The base network inside the block, or the one with the adapter weights of `anchor` (parameter and its value)."""
     if anchor:
         with _exchanged(anchor):
             yield
         return
-    _set_flags(layers, True)
+    with _switched(layers, True):
+        yield
+
+
+@contextmanager
+def adapters_on(layers: Sequence[LoraLayer]) -> Iterator[None]:
+    """The adapted network inside the block, where adapters are otherwise off."""
+    with _switched(layers, False):
+        yield
+
+
+def switch_off(layers: Sequence[LoraLayer], disabled: bool) -> None:
+    """Turn adapters off or on.
+
+    Sets only the layers' flags: peft's own switch also turns off `requires_grad` of every adapter weight, which takes
+    longer.
+    """
+    # Past torch's own __setattr__, which looks for parameters first and takes ten times as long.
+    for layer in layers:
+        object.__setattr__(layer, "_disable_adapters", disabled)
+
+
+@contextmanager
+def _switched(layers: Sequence[LoraLayer], disabled: bool) -> Iterator[None]:
+    """Adapters off or on inside the block, and as before after it."""
+    before = bool(layers) and layers[0].disable_adapters
+    switch_off(layers, disabled)
     try:
         yield
     finally:
-        _set_flags(layers, False)
+        switch_off(layers, before)
 
 
 @contextmanager
@@ -111,12 +134,6 @@ def _exchanged(weights: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[None]
     finally:
         for (parameter, _), data in zip(weights, before, strict=True):
             parameter.data = data
-
-
-def _set_flags(layers: Sequence[LoraLayer], disabled: bool) -> None:
-    # Past torch's own __setattr__, which looks for parameters first and takes ten times as long.
-    for layer in layers:
-        object.__setattr__(layer, "_disable_adapters", disabled)
 
 
 def lora_state(network: nn.Module) -> dict[str, Tensor]:

@@ -58,7 +58,7 @@ class Ingredients:
 
 def assemble(config: RunConfig, parallel: Parallel, reporter: Reporter) -> Ingredients:
     """The real parts, by what the trainer learns from: latents of pairs, pictures or groups, rollouts of the model
-    itself drawn once, or anew as it trains (online), or judgements (reward models).
+    itself drawn once, or anew as it trains (online), noises of prompts, or judgements (reward models).
 
     Raises:
         DiffalignError: bad model, data or prompts, or ones that do not go together.
@@ -73,6 +73,10 @@ def assemble(config: RunConfig, parallel: Parallel, reporter: Reporter) -> Ingre
         from diffalign.engine.online_assembly import assemble_online
 
         return assemble_online(config, parallel, reporter)
+    if fit.kind == "noises":
+        from diffalign.engine.noise_assembly import assemble_noises
+
+        return assemble_noises(config, parallel, reporter)
     if fit.kind == "judgements":
         from diffalign.engine.scorer_assembly import assemble_scorer
 
@@ -167,7 +171,7 @@ def open_data(config: RunConfig, parallel: Parallel, reporter: Reporter) -> tupl
         DiffalignError: bad model or data, ones that do not go together, or a full disk.
     """
     fit = check_fit(config)
-    if fit.kind == "prompts":
+    if fit.kind in ("prompts", "noises"):
         raise DiffalignError(
             f"trainer.method {config.trainer['method']} draws its own samples while it trains; there is nothing to "
             "cache. Run `diffalign train`."

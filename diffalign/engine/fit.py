@@ -24,9 +24,10 @@ WORDS = {
     "judgements": "judged pairs (a reward model)",
     "rollouts": "denoising steps that it draws itself",
     "prompts": "prompts, for which it draws its own samples while it trains",
+    "noises": "noises of prompts, through whose pictures it differentiates",
 }
 # Kinds that are not made of data.source.
-DRAWN = ("rollouts", "prompts")
+DRAWN = ("rollouts", "prompts", "noises")
 # Options of pairs that mean nothing for files of single pictures.
 PAIRS_ONLY = ("pairs", "votes", "ties", "rejected_caption", "degraded")
 
@@ -36,8 +37,8 @@ class Fit:
     """What a run learns from.
 
     Fields:
-        kind: pairs, pictures, groups, judgements, rollouts or prompts. records: the records of the source, images not
-            read yet; None where nothing needs them here.
+        kind: pairs, pictures, groups, judgements, rollouts, prompts or noises. records: the records of the source,
+            images not read yet; None where nothing needs them here.
     """
 
     kind: str
@@ -63,6 +64,7 @@ def check_fit(config: RunConfig) -> Fit:
             methods that fit); an option that means nothing here; bad data.
     """
     check_options(config)
+    check_adapters(config)
     if drawn := [kind for kind in kinds_of(trainer_class(config)) if kind in DRAWN]:
         return Fit(drawn[0])
     kind = chosen_kind(config)
@@ -156,6 +158,21 @@ def check_options(config: RunConfig) -> None:
         raise DiffalignError(
             f"trainer.beta_weighting is {beta}, which changes nothing for {config.model.path}: it predicts {predicts}. "
             "Set trainer.beta_weighting=constant."
+        )
+
+
+def check_adapters(config: RunConfig) -> None:
+    """Refuse adapters that are not for what the method learns.
+
+    Raises:
+        DiffalignError: adapters of the network with a method that changes noises, or the other way round.
+    """
+    wanted = "noise" if "noises" in kinds_of(trainer_class(config)) else "network"
+    model = config.model
+    if model.tune == "lora" and model.lora.changes != wanted:
+        raise DiffalignError(
+            f"model.lora.changes is {model.lora.changes}, but adapters of trainer.method {config.trainer['method']} "
+            f"change the {wanted}. Set model.lora.changes={wanted}."
         )
 
 

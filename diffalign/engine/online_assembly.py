@@ -116,19 +116,28 @@ def open_prompts(config: RunConfig) -> PromptSet:
     Raises:
         DiffalignError: there are none, or fewer than a round needs.
     """
+    options, found = trainer_config(config), prompt_set(config)
+    if len(found) < options.prompts_per_round:
+        raise DiffalignError(
+            f"{found.description}: {len(found)} different prompts, but trainer.prompts_per_round is "
+            f"{options.prompts_per_round}; expected at least that many."
+        )
+    return found
+
+
+def prompt_set(config: RunConfig) -> PromptSet:
+    """The different prompts of `trainer.prompts`, or the captions of `data.source`.
+
+    Raises:
+        DiffalignError: they cannot be read.
+    """
     options = trainer_config(config)
     if options.prompts is not None:
         texts, said = [prompt.text for prompt in read_prompts(options.prompts)], options.prompts
     else:
         records = open_records(config.data)
         texts, said = [row.prompt for row in records.rows], f"the captions of {records.description}"
-    found = list(dict.fromkeys(texts))
-    if len(found) < options.prompts_per_round:
-        raise DiffalignError(
-            f"{said}: {len(found)} different prompts, but trainer.prompts_per_round is {options.prompts_per_round}; "
-            "expected at least that many."
-        )
-    return PromptSet(found, said)
+    return PromptSet(list(dict.fromkeys(texts)), said)
 
 
 def open_real(config: RunConfig, opener: OpenedOnce, builder: bool, reporter: Reporter) -> Any:

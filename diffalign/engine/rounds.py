@@ -21,7 +21,8 @@ from diffalign.progress import Reporter
 from diffalign.randomness import Draw
 from diffalign.sampling.collection import Choose, Collected, Collector
 from diffalign.sampling.prompt_choice import PromptChooser
-from diffalign.trainers.online import Rows, places_of_step, updates_of
+from diffalign.trainers.online import places_of_step, updates_of
+from diffalign.trainers.online_rows import Rows
 
 # Rounds in a row without a usable sample before a run gives up.
 PATIENCE = 3

@@ -45,6 +45,7 @@ def model_card(run_folder: Path, config: RunConfig, form: str, file: str, source
         network=family.network_name,
         options_of_loading="".join(f", {name}=None" for name in family.absent_parts(source, config.model)),
         is_lora=config.model.tune == "lora" and form != "merged",
+        changes_noise=config.model.tune == "lora" and config.model.lora.changes == "noise",
         batch=config.optim.batch_size * config.optim.accumulation,
         metrics=evaluation_rows(run_folder / "evaluation.json"),
         version=__version__,

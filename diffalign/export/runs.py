@@ -43,6 +43,7 @@ def export_run(
     if format not in get_args(Format):
         raise DiffalignError(f"export format is {format!r}; expected one of: {', '.join(get_args(Format))}.")
     config = load_run_config(run_folder)
+    _check_noise_adapters(config, format)
     state = _trained_weights(run_folder)
     source = open_source(config.model)
     family = model_family(source.pipeline_name, config.model.path)
@@ -92,6 +93,15 @@ def _keep_own_entries(source: Source, index: Path) -> None:
     written = json.loads(index.read_text(encoding="utf-8"))
     own = {k: v for k, v in source.index.items() if k.startswith("_") and k not in DIFFUSERS_ENTRIES}
     index.write_text(json.dumps({**written, **own}, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_noise_adapters(config: RunConfig, format: Format) -> None:
+    changes = config.model.tune == "lora" and config.model.lora.changes
+    if changes == "noise" and format in ("kohya", "merged"):
+        raise DiffalignError(
+            f"the run's adapters change the initial noise (model.lora.changes=noise); as {format} they would become "
+            "part of the network and spoil its pictures. Use diffusers or peft; the model card says how to apply them."
+        )
 
 
 def _trained_weights(run_folder: Path) -> dict[str, Tensor]:

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from diffalign.backbones.base import Backbone
 from diffalign.backbones.loading import quiet
+from diffalign.backbones.noise_adapters import changes_noise
 from diffalign.errors import DiffalignError
+from diffalign.sampling.collection import tell
+from diffalign.sampling.initial import adapted, noise_dtype, pipeline_latents
 
 
 def generate_images(
@@ -28,7 +31,8 @@ def generate_images(
     """Generate one picture per prompt and seed: `[N, 3, H, W]` in [0, 1], float32, on the CPU.
 
     Each picture has its own CPU generator with its seed, so it is what a user gets from the pipeline with the
-    same prompt, seed, steps and guidance, and, but for float rounding, it does not depend on its batch.
+    same prompt, seed, steps and guidance, and, but for float rounding, it does not depend on its batch. A backbone with
+    noise adapters changes what is drawn first (`sampling/initial.py`).
 
     Args:
         model: a backbone (the policy; inside `backbone.reference()` the frozen model) or a pipeline. A backbone's
@@ -56,7 +60,10 @@ def generate_images(
         _check_steps(pipeline, steps)
         for start in range(0, len(prompts), batch_size):
             rows = slice(start, start + batch_size)
-            batches.append(_batch(pipeline, prompts[rows], seeds[rows], steps, guidance, options))
+            sources = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[rows]]
+            if isinstance(model, Backbone) and changes_noise(model):
+                options["latents"] = _changed_noise(model, prompts[rows], sources, steps, guidance, size)
+            batches.append(_batch(pipeline, prompts[rows], sources, steps, guidance, options))
             if progress is not None:
                 progress(min(start + batch_size, len(prompts)))
     return torch.cat(batches)
@@ -73,21 +80,36 @@ def _check_steps(pipeline: Any, steps: int) -> None:
 def _batch(
     pipeline: Any,
     prompts: Sequence[str],
-    seeds: Sequence[int],
+    generators: Sequence[torch.Generator],
     steps: int,
     guidance: float,
     options: dict[str, Any],
 ) -> Tensor:
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     images = pipeline(
         prompt=list(prompts),
-        generator=generators,
+        generator=list(generators),
         num_inference_steps=steps,
         guidance_scale=guidance,
         output_type="pt",
         **options,
     ).images
     return images.float().cpu()
+
+
+def _changed_noise(
+    model: Backbone,
+    prompts: Sequence[str],
+    generators: Sequence[torch.Generator],
+    steps: int,
+    guidance: float,
+    size: dict[str, int],
+) -> Tensor:
+    """The pipeline's `latents`: drawn from the generators as the pipeline does it, and changed by the adapters."""
+    dtype = noise_dtype(model)
+    shape = (1, model.latent_shape[0], size["height"] // model.factor, size["width"] // model.factor)
+    noise = torch.cat([torch.randn(shape, generator=source, dtype=dtype) for source in generators])
+    changed = adapted(model, noise.float(), tell(model, prompts, guidance), steps)
+    return pipeline_latents(changed.to(model.device, dtype), model.family)
 
 
 @contextmanager

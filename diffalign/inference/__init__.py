@@ -1,0 +1,1 @@
+"""Better pictures without touching weights: optimisation of noises, search over them, steering of sampling runs."""
