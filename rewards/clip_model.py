@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffalign.errors import DiffalignError, did_you_mean
-from diffalign.rewards.preprocess import ClipPreprocess, at_least_float32
+from diffalign.precision import at_least_float32
+from diffalign.rewards.preprocess import ClipPreprocess
 from diffalign.rewards.weights import load_exactly, read_state_dict
 
 Tokens = tuple[Tensor, ...]

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffalign.precision import at_least_float32
 from diffalign.rewards.base import Facts, RewardOutput
-from diffalign.rewards.preprocess import at_least_float32, check_batch
+from diffalign.rewards.preprocess import check_batch
 
 LUMA = (0.299, 0.587, 0.114)
 LAPLACIAN = ((0.0, 1.0, 0.0), (1.0, -4.0, 1.0), (0.0, 1.0, 0.0))

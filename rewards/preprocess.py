@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
+from diffalign.precision import at_least_float32
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -52,11 +53,6 @@ def check_batch(name: str, media: Tensor, prompts: Sequence[str]) -> None:
         raise DiffalignError(
             f"{name} got {len(media)} pictures and {len(prompts)} prompts; expected one prompt per picture"
         )
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """`x` itself in float32 or float64, otherwise converted to float32."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def resize(images: Tensor, size: tuple[int, int], interpolation: Interpolation = "bicubic") -> Tensor:

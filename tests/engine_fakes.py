@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from diffalign import trainers
-from diffalign.config import RunConfig, StrictModel
+from diffalign.config import RunConfig
 from diffalign.engine.assembly import Ingredients
 from diffalign.engine.parallel import Parallel
 from diffalign.errors import DiffalignError
 from diffalign.progress import Reporter
 from diffalign.randomness import Draw
+from diffalign.strict import StrictModel
 from diffalign.yamls import apply_override
 
 WIDTH = 6

@@ -20,11 +20,11 @@ from pydantic import Field
 from torch import Tensor
 
 from diffalign.backbones.base import Backbone
-from diffalign.config import StrictModel
 from diffalign.inference.generation import Checkpointing, Generation
 from diffalign.randomness import Draw
 from diffalign.rewards.guard import ask
 from diffalign.sampling.initial import adapted
+from diffalign.strict import StrictModel
 
 
 class HypernoiseConfig(StrictModel):

@@ -18,7 +18,6 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from diffalign.backbones.base import Backbone
-from diffalign.config import StrictModel
 from diffalign.objectives.advantages import Advantages
 from diffalign.randomness import Draw
 from diffalign.sampling.collection import Collected
@@ -26,6 +25,7 @@ from diffalign.sampling.prompt_choice import PromptChoiceOptions
 from diffalign.sampling.rollout import Sampler, default_kernel
 from diffalign.sampling.schedules import schedule_of
 from diffalign.sampling.transition import Kernel, KernelName
+from diffalign.strict import StrictModel
 from diffalign.trainers.online_rows import Rows
 
 Losses = tuple[Tensor, dict[str, Tensor]]

@@ -26,7 +26,6 @@ from torch import Tensor
 from diffalign.backbones.base import Backbone
 from diffalign.backbones.guidance import is_told_guidance
 from diffalign.backbones.snapshots import Snapshot
-from diffalign.config import UnitRange
 from diffalign.data.labelling import Labeller, check_labels, open_labeller
 from diffalign.errors import DiffalignError
 from diffalign.objectives.group_pairs import GroupPairs, PairChoice, judged_pairs, scored_pairs
@@ -36,6 +35,7 @@ from diffalign.objectives.transitions import step_log_ratio
 from diffalign.randomness import Draw, batch_records, derive_seed
 from diffalign.sampling.collection import Collected
 from diffalign.sampling.rollout import Sampler, Told, policy_transition, predict
+from diffalign.strict import UnitRange
 from diffalign.trainers.dpo import PairLossName
 from diffalign.trainers.online import Losses, OnlineOptions, OnlineTrainer, State, sample_weights, updates_of
 from diffalign.trainers.online_pairs import PairTable, PreferenceRows, verdicts

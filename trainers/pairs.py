@@ -12,7 +12,6 @@ from torch import Tensor
 
 from diffalign.backbones.base import Backbone
 from diffalign.conditioning import Conditioning
-from diffalign.config import StrictModel
 from diffalign.data.batch import PairBatch
 from diffalign.data.cache import PairCache
 from diffalign.elbo import NoisedPairs, noise_pairs, pair_errors, reference_errors
@@ -20,6 +19,7 @@ from diffalign.errors import DiffalignError
 from diffalign.objectives.pairwise import dpo_margin
 from diffalign.randomness import Draw, derive_seed
 from diffalign.reference import FixedDraws, Measured, Progress, ReferenceErrors, silent
+from diffalign.strict import StrictModel
 
 Losses = tuple[Tensor, dict[str, Tensor]]
 # Pairs that are searched for a second caption before the data is refused.

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from diffalign.config import StrictModel
 from diffalign.data.features import JudgedPairs
 from diffalign.data.judged import OVERALL, JudgedBatch
 from diffalign.objectives.reward_model import bradley_terry_loss, credit, smoothed
 from diffalign.randomness import Draw
 from diffalign.rewards.heads import PALHead, PALSpec
+from diffalign.strict import StrictModel
 from diffalign.trainers.reward_model import Losses, pair_scores
 
 FIT_STEPS, FIT_RATE = 200, 0.1

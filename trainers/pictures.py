@@ -10,13 +10,13 @@ from pydantic import Field
 from torch import Tensor
 
 from diffalign.conditioning import Conditioning
-from diffalign.config import StrictModel
 from diffalign.data.batch import GroupBatch, UnpairedBatch
 from diffalign.data.cache import PairCache
 from diffalign.data.picture_labels import Pictures
 from diffalign.elbo import NoisedPairs
 from diffalign.objectives.pairwise import squared_error
 from diffalign.randomness import Draw
+from diffalign.strict import StrictModel
 from diffalign.trainers.pairs import Forwards, PairTrainer, averaged, without_captions
 
 

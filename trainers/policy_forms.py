@@ -9,11 +9,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from diffalign.config import UnitRange
 from diffalign.errors import DiffalignError
 from diffalign.objectives.advantages import AdvantageForm
 from diffalign.randomness import generator
 from diffalign.sampling.transition import Reduction
+from diffalign.strict import UnitRange
 from diffalign.trainers.online import OnlineOptions
 
 FormName = Literal[

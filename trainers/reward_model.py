@@ -14,7 +14,6 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from diffalign.config import StrictModel
 from diffalign.data.features import JudgedPairs
 from diffalign.data.judged import OVERALL, JudgedBatch
 from diffalign.objectives.reward_model import (
@@ -29,6 +28,7 @@ from diffalign.objectives.reward_model import (
 )
 from diffalign.randomness import Draw, generator
 from diffalign.rewards.heads import PreferenceSpec, Scores
+from diffalign.strict import StrictModel
 
 Losses = tuple[Tensor, dict[str, Tensor]]
 UNCERTAIN = ("probit", "monte_carlo", "hpsv3")

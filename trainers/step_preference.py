@@ -21,7 +21,6 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from diffalign.backbones.base import Backbone
-from diffalign.config import StrictModel, UnitRange
 from diffalign.data.rollouts import Kind, RolloutJob, RolloutStore
 from diffalign.data.step_pairs import StepBatch, StepPairs, candidate_pairs, trajectory_pairs
 from diffalign.errors import DiffalignError
@@ -31,6 +30,7 @@ from diffalign.randomness import Draw
 from diffalign.sampling.rollout import Sampler, Told, default_kernel, policy_transition
 from diffalign.sampling.schedules import Schedule, schedule_of
 from diffalign.sampling.transition import Kernel, KernelName, Transition, coefficients
+from diffalign.strict import StrictModel, UnitRange
 from diffalign.trainers.pairs import Losses, elements_of, pair_metrics
 
 

@@ -23,6 +23,7 @@ from diffalign.backbones.vae import latent_scaling, other_vae, vae_factor
 from diffalign.conditioning import Conditioning
 from diffalign.config import ModelConfig
 from diffalign.errors import DiffalignError
+from diffalign.precision import at_least_float32
 from diffalign.process import expand_as
 
 ENCODE_BATCH = 64
@@ -382,11 +383,6 @@ class Backbone:
 
     def _encode_unconditional(self, pipeline: Any) -> Conditioning:
         raise NotImplementedError
-
-
-def at_least_float32(values: Tensor) -> Tensor:
-    """`values`, half precision widened to float32."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _with_missing(cond: Conditioning, other: Conditioning) -> Conditioning:

@@ -13,8 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffalign.config import StrictModel
 from diffalign.inference.search import NoiseSearch, draw
+from diffalign.strict import StrictModel
 
 
 class BestOfNConfig(StrictModel):

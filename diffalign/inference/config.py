@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from diffalign.config import ModelConfig, StrictModel
+from diffalign.config import ModelConfig
 from diffalign.recipes import optimize_text
+from diffalign.strict import StrictModel
 from diffalign.validation import validate_section
 from diffalign.yamls import apply_override, parse_yaml
 

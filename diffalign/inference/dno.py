@@ -18,12 +18,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffalign.config import StrictModel
 from diffalign.inference.ascent import Look, climb
 from diffalign.inference.hybrid import Around, extra_cost, probed_direction
 from diffalign.inference.problem import Problem
 from diffalign.inference.regularisers import concentration_penalty
 from diffalign.inference.trace import Trace
+from diffalign.strict import StrictModel
 
 
 class DNOConfig(StrictModel):

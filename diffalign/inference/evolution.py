@@ -23,10 +23,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffalign.config import StrictModel
 from diffalign.errors import DiffalignError
 from diffalign.inference.search import NoiseSearch, norms, with_norm
 from diffalign.randomness import derive_seed
+from diffalign.strict import StrictModel
 
 # Elements up to which a full covariance is learned: 1000^2 float64 numbers are 8 MB, their eigenvectors a second.
 FULL_COVARIANCE = 1000

@@ -19,11 +19,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffalign.config import StrictModel
 from diffalign.errors import DiffalignError
 from diffalign.inference.diversity import Axes, learned_axes, principal_axes
 from diffalign.inference.search import NoiseSearch, failed_as_nan, rotated
 from diffalign.randomness import generator
+from diffalign.strict import StrictModel
 
 
 class QualityDiversityConfig(StrictModel):

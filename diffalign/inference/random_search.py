@@ -16,9 +16,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from diffalign.config import StrictModel
 from diffalign.inference.search import NoiseSearch, rotated
 from diffalign.randomness import generator
+from diffalign.strict import StrictModel
 
 
 class RandomSearchConfig(StrictModel):

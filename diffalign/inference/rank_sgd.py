@@ -21,9 +21,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffalign.config import StrictModel
 from diffalign.errors import DiffalignError
 from diffalign.inference.search import NoiseSearch, best_of, norms, where_rows, with_norm
+from diffalign.strict import StrictModel
 
 Rankings = Sequence[Sequence[int]]
 

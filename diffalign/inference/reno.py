@@ -16,10 +16,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffalign.config import StrictModel
 from diffalign.inference.ascent import Look, climb
 from diffalign.inference.problem import Problem
+from diffalign.inference.regularisers import norm_penalty
 from diffalign.inference.trace import Trace
+from diffalign.strict import StrictModel
 
 
 class RenoConfig(StrictModel):
@@ -61,7 +62,7 @@ class Reno:
             rewards, media = problem.objective_of(noise)
             if not wanted:
                 return Look(rewards, media, None)
-            loss = options.regularisation * norm_penalty(noise, len(generation.backbone.latent_shape))
+            loss = options.regularisation * penalty(noise, len(generation.backbone.latent_shape))
             return Look(rewards, media, loss - options.weight * rewards.to(loss))
 
         climb(
@@ -83,13 +84,7 @@ class Reno:
         )
 
 
-def norm_penalty(noise: Tensor, dims: int = 3) -> Tensor:
-    """`K = |eps|^2 / 2 - (d - 1) log |eps|` `[B]`, in float32 or better: half precision overflows at d = 65536.
-
-    Args:
-        noise: `[B, ..., C, h, w]`; the penalties of several noises of a prompt are added. dims: dimensions of one.
-    """
-    values = noise.to(torch.promote_types(noise.dtype, torch.float32)).flatten(-dims)
-    square = values.square().sum(-1)
-    penalty = 0.5 * square - 0.5 * (values.shape[-1] - 1) * square.log()
-    return penalty.reshape(len(noise), -1).sum(1)
+def penalty(noise: Tensor, dims: int = 3) -> Tensor:
+    """`norm_penalty` of each noise of a prompt, added: `[B]` of `[B, ..., C, h, w]`; a noise has `dims` dimensions."""
+    each = norm_penalty(noise.flatten(0, -dims - 1))
+    return each.view(len(noise), -1).sum(1)

@@ -14,8 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffalign.config import StrictModel
 from diffalign.inference.search import NoiseSearch, best_of, rotated, where_rows
+from diffalign.strict import StrictModel
 
 
 class ZeroOrderConfig(StrictModel):

@@ -15,8 +15,8 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from diffalign.config import StrictModel
 from diffalign.randomness import batch_records, generator
+from diffalign.strict import StrictModel
 
 
 class PromptChoiceOptions(StrictModel):

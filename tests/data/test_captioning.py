@@ -196,13 +196,13 @@ def test_the_command_captions_the_embedded_pairs_and_says_what_is_there(tmp_path
 
 def test_bad_options_of_the_command_give_one_message(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("mine.py").write_text("def say(image, prompt):\n    raise KeyError('x')\n")
+    Path("wordless.py").write_text("def say(image, prompt):\n    raise KeyError('x')\n")
     line = ["data", "caption", "scenes:preferences", "--limit", "2", "--out", "out", "--captioner"]
-    assert cli.run([*line, "mine:say"]) == 2
+    assert cli.run([*line, "wordless:say"]) == 2
     assert "2 failed): KeyError: 'x'" in " ".join(capsys.readouterr().err.split())
     assert cli.run([*line, "describe"]) == 2
     assert "diffalign.samples.captioner:describe" in capsys.readouterr().err
-    assert cli.run([*line, "mine:say", "--perturb", "mild"]) == 2
+    assert cli.run([*line, "wordless:say", "--perturb", "mild"]) == 2
 
 
 def _pixels(path):

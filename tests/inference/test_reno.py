@@ -8,7 +8,7 @@ from diffalign.errors import DiffalignError
 from diffalign.inference.ascent import clipped
 from diffalign.inference.budget import Budget
 from diffalign.inference.config import GenerationConfig
-from diffalign.inference.reno import RenoConfig, norm_penalty
+from diffalign.inference.reno import RenoConfig, penalty
 from diffalign.inference.run import optimize
 
 ONE = GenerationConfig(steps=1, guidance=0.0)
@@ -23,8 +23,8 @@ def reno(backbone=None, reward=None, **options):
 
 def test_the_norm_penalty_by_hand():
     """d = 4, |eps| = 2: 4 / 2 - 3 ln 2; two noises of a prompt add up."""
-    assert float(norm_penalty(torch.ones(1, 1, 2, 2))) == pytest.approx(2 - 3 * math.log(2))
-    assert float(norm_penalty(torch.ones(1, 2, 1, 2, 2))) == pytest.approx(4 - 6 * math.log(2))
+    assert float(penalty(torch.ones(1, 1, 2, 2))) == pytest.approx(2 - 3 * math.log(2))
+    assert float(penalty(torch.ones(1, 2, 1, 2, 2))) == pytest.approx(4 - 6 * math.log(2))
 
 
 @pytest.mark.parametrize(
@@ -34,14 +34,14 @@ def test_the_penalty_is_flat_at_the_shell(norm, slope):
     """`0.01 dK/dn = 0.01 (n - (d - 1) / n)` for d = 16384, which is 0 at n^2 = d - 1."""
     noise = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     noise = (noise / noise.norm() * norm).requires_grad_()
-    (0.01 * norm_penalty(noise)).sum().backward()
+    (0.01 * penalty(noise)).sum().backward()
     radial = float((noise.grad * noise.detach()).sum() / norm)
     assert radial == pytest.approx(slope, abs=1e-6)
 
 
 def test_the_penalty_of_half_precision_is_finite():
     noise = torch.full((1, 16, 64, 64), 2.0, dtype=torch.float16)  # |eps|^2 = 262144 overflows there
-    assert float(norm_penalty(noise)) == pytest.approx(131072 - 65535 * math.log(512), rel=1e-6)
+    assert float(penalty(noise)) == pytest.approx(131072 - 65535 * math.log(512), rel=1e-6)
 
 
 def test_rows_are_clipped_by_themselves():

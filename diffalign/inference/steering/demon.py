@@ -18,7 +18,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from diffalign.config import StrictModel
 from diffalign.inference.generation import Generation
 from diffalign.inference.objective import Objective
 from diffalign.inference.problem import Problem
@@ -31,6 +30,7 @@ from diffalign.inference.steering.walk import (
     stops,
 )
 from diffalign.inference.trace import Trace
+from diffalign.strict import StrictModel
 
 Weighting = Literal["tanh", "boltzmann"]
 EQUAL = 1e-8

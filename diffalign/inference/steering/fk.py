@@ -17,7 +17,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from diffalign.config import StrictModel
 from diffalign.inference.generation import Generation
 from diffalign.inference.objective import Objective
 from diffalign.inference.problem import Problem
@@ -36,6 +35,7 @@ from diffalign.inference.smc import (
 )
 from diffalign.inference.steering.walk import Look, Walk, acting, check_noise, checked_window, pick
 from diffalign.inference.trace import Trace
+from diffalign.strict import StrictModel
 
 ALWAYS = 2.0
 """A threshold that every effective number is below."""

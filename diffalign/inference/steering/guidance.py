@@ -18,7 +18,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from diffalign.config import StrictModel
 from diffalign.inference.problem import Problem
 from diffalign.inference.search import norms
 from diffalign.inference.steering.walk import Walk, acting, checked_window, moved, network
@@ -27,6 +26,7 @@ from diffalign.process import Process, expand_as
 from diffalign.randomness import generator
 from diffalign.sampling.rollout import chunks
 from diffalign.sampling.transition import levels
+from diffalign.strict import StrictModel
 
 POLE = 1e-3
 """Signal level below which there is no guidance: x0 moves by sigma^2 / alpha, and a flow starts at alpha = 0."""

@@ -18,7 +18,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from diffalign.config import StrictModel
 from diffalign.errors import DiffalignError
 from diffalign.inference.generation import Generation
 from diffalign.inference.objective import Objective
@@ -28,6 +27,7 @@ from diffalign.inference.steering.walk import Walk, checked_window, network
 from diffalign.inference.trace import Trace
 from diffalign.rewards import load_reward, place
 from diffalign.sampling.step_scores import StepReward
+from diffalign.strict import StrictModel
 
 
 class NoisyRewardConfig(StrictModel):

@@ -15,7 +15,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from diffalign.config import StrictModel
 from diffalign.inference.generation import Generation
 from diffalign.inference.objective import Objective
 from diffalign.inference.problem import Problem
@@ -30,6 +29,7 @@ from diffalign.inference.steering.walk import (
     pick,
 )
 from diffalign.inference.trace import Trace
+from diffalign.strict import StrictModel
 
 
 class SVDDConfig(StrictModel):
