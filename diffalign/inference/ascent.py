@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from diffalign.inference.problem import Problem
+from diffalign.inference.search import where_rows
 from diffalign.inference.trace import Trace
+from diffalign.process import expand_as
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,7 @@ def climb(
 def clipped(gradient: Tensor, most: float) -> Tensor:
     """Gradients `[B, ...]`, each row scaled to a norm of at most `most`, as `clip_grad_norm_` does with one."""
     norms = gradient.flatten(1).norm(dim=1)
-    return gradient * per_row((most / (norms + 1e-6)).clamp(max=1.0), gradient)
-
-
-def per_row(values: Tensor, like: Tensor) -> Tensor:
-    """Values `[B]` with the dimensions of `like` `[B, ...]`."""
-    return values.reshape(-1, *[1] * (like.dim() - 1))
+    return gradient * expand_as((most / (norms + 1e-6)).clamp(max=1.0), gradient)
 
 
 def _step(
@@ -94,10 +91,10 @@ def _step(
         trace.fail(row, _not_finite(rewards[row], iteration))
     well = well & torch.tensor([row not in trace.failures for row in range(len(noise))]).to(noise.device)
     before = noise.detach().clone()
-    noise.grad = clipped(torch.where(per_row(well, noise), noise.grad, 0.0), clip)
+    noise.grad = clipped(torch.where(expand_as(well, noise), noise.grad, 0.0), clip)
     optimizer.step()
     with torch.no_grad():
-        noise.copy_(torch.where(per_row(well, noise), noise, before))
+        noise.copy_(where_rows(well, noise, before))
 
 
 def _not_finite(reward: Tensor, iteration: int) -> str:

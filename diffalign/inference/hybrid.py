@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffalign.inference.ascent import per_row
 from diffalign.inference.problem import Problem
 from diffalign.inference.search import draw
+from diffalign.process import expand_as
 from diffalign.sampling.rollout import chunks
 
 Around = Literal["noise", "latent", "picture"]
@@ -34,7 +34,7 @@ def direction(steps: Tensor, rises: Tensor) -> Tensor:
     known = torch.where(rises.isfinite(), rises, 0.0).to(steps)
     total = torch.einsum("bp...,bp->b...", steps, known)
     norms = total.flatten(1).norm(dim=1)
-    return total / per_row(torch.where(norms > 0, norms, 1.0), total)
+    return total / expand_as(torch.where(norms > 0, norms, 1.0), total)
 
 
 def probed_direction(

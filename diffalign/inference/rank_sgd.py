@@ -23,6 +23,7 @@ from torch import Tensor
 
 from diffalign.errors import DiffalignError
 from diffalign.inference.search import NoiseSearch, best_of, norms, where_rows, with_norm
+from diffalign.process import expand_as
 from diffalign.strict import StrictModel
 
 Rankings = Sequence[Sequence[int]]
@@ -120,7 +121,7 @@ class RankSGD(NoiseSearch):
         weights, edges = edge_weights(rewards, self.config.top)
         known = edges > 0
         estimate = ascent(noises - self._point[:, None], weights, edges)
-        count = self._averaged.view(-1, *[1] * (self.start.dim() - 1)).float()
+        count = expand_as(self._averaged, self.start).float()
         mean = (self._direction * count + estimate) / (count + 1)
         self._direction = where_rows(known, mean, self._direction)
         self._averaged = torch.where(known, self._averaged + 1, self._averaged)

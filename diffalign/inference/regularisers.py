@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from diffalign.precision import at_least_float32
 from diffalign.randomness import generator
 
 # DNO's floor: each of two bounds is at most 1/2, so each log is at most -ln 2, in the given order and on average over
@@ -31,7 +32,7 @@ def norm_penalty(noises: Tensor) -> Tensor:
     Args:
         noises: `[B, ...]`, d numbers each. The log of a noise of zeros is infinite.
     """
-    flat = _exact(noises)
+    flat = at_least_float32(noises.flatten(1))
     square = flat.square().sum(1)
     return square / 2 - (flat.shape[1] - 1) * square.log() / 2
 
@@ -59,7 +60,7 @@ def concentration_penalty(
     Returns:
         The penalty; `2 ln 2` at the least without permutations.
     """
-    flat = _exact(noises)
+    flat = at_least_float32(noises.flatten(1))
     found = -log_bounds(flat, group)
     if not permutations:
         return found
@@ -107,9 +108,3 @@ class _Permuted(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (order,) = ctx.saved_tensors
         return torch.empty_like(grad).index_copy_(1, order, grad), None
-
-
-def _exact(noises: Tensor) -> Tensor:
-    """Rows `[B, d]` in float32, or as they are if in float64."""
-    flat = noises.flatten(1)
-    return flat if flat.dtype == torch.float64 else flat.float()

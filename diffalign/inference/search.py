@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
+from diffalign.process import expand_as
 from diffalign.randomness import generator
 
 
@@ -172,7 +173,7 @@ def best_of(noises: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
 
 def where_rows(rows: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
     """Rows `[B, ...]` of `chosen` where the mask `rows` `[B]` holds, of `other` elsewhere."""
-    return torch.where(rows.view(-1, *[1] * (chosen.dim() - 1)), chosen, other)
+    return torch.where(expand_as(rows, chosen), chosen, other)
 
 
 def norms(noises: Tensor, lead: int = 1) -> Tensor:

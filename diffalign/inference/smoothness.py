@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from diffalign.process import expand_as
+
 
 def step_variation(clean: Tensor, noise: Tensor, delta: Tensor, sigma: Tensor) -> Tensor:
     """`|J^T (sigma delta / sqrt(n))|` per sample `[B]`, differentiable in the weights.
@@ -29,7 +31,7 @@ def step_variation(clean: Tensor, noise: Tensor, delta: Tensor, sigma: Tensor) -
         RuntimeError: `clean` was not computed from `noise`.
     """
     scale = sigma / math.sqrt(clean[0].numel())
-    direction = delta * scale.view(-1, *[1] * (clean.dim() - 1)).to(delta)
+    direction = delta * expand_as(scale, clean).to(delta)
     (jacobian,) = torch.autograd.grad((clean * direction).sum(), noise, create_graph=True)
     square = jacobian.flatten(1).float().square().sum(1)
     # The root of 0 has no gradient; a sample whose output does not move is flat and pulls at nothing.

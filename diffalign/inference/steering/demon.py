@@ -15,7 +15,7 @@ import math
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from diffalign.inference.generation import Generation
@@ -24,9 +24,9 @@ from diffalign.inference.problem import Problem
 from diffalign.inference.search import norms, where_rows
 from diffalign.inference.steering.walk import (
     Walk,
+    Window,
     acting,
     check_noise,
-    checked_window,
     stops,
 )
 from diffalign.inference.trace import Trace
@@ -51,13 +51,8 @@ class DemonConfig(StrictModel):
     look_ahead: int = Field(default=1, ge=1)
     """Network calls that follow a candidate to its picture: 1 takes what the network sees at once, which is vague in
     early steps; the release takes up to 20."""
-    window: tuple[float, float] = (0.0, 1.0)
+    window: Window = (0.0, 1.0)
     """Noises are mixed between these shares of the steps; the others are plain."""
-
-    @model_validator(mode="after")
-    def _window(self) -> DemonConfig:
-        checked_window(self.window)
-        return self
 
     @property
     def iterations(self) -> int:

@@ -33,7 +33,7 @@ from diffalign.inference.smc import (
     start_particles,
     weigh,
 )
-from diffalign.inference.steering.walk import Look, Walk, acting, check_noise, checked_window, pick
+from diffalign.inference.steering.walk import Look, Walk, Window, acting, check_noise, pick
 from diffalign.inference.trace import Trace
 from diffalign.strict import StrictModel
 
@@ -55,7 +55,7 @@ class FKConfig(StrictModel):
     """lambda, in units of 1 / reward: at 10 a reward higher by 0.1 weighs e times as much. 0: K plain samples."""
     every: int = Field(default=5, ge=1)
     """Steps from one look to the next; more looks choose more often, and more particles come of one."""
-    window: tuple[float, float] = (0.2, 0.8)
+    window: Window = (0.2, 0.8)
     """Looks lie between these shares of the steps: before, the network sees too little; after, little can change."""
     threshold: float = Field(default=0.5, ge=0)
     """Particles are drawn anew where their effective number is below this share of K; 0: never, above 1: always."""
@@ -69,7 +69,6 @@ class FKConfig(StrictModel):
 
     @model_validator(mode="after")
     def _fitting(self) -> FKConfig:
-        checked_window(self.window)
         if self.tempering == "adaptive" and self.potential != "diff":
             raise ValueError(
                 f"tempering is adaptive and potential {self.potential}; expected potential=diff with it"

@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from diffalign.inference.problem import Problem
 from diffalign.inference.search import norms
-from diffalign.inference.steering.walk import Walk, acting, checked_window, moved, network
+from diffalign.inference.steering.walk import Walk, Window, acting, moved, network
 from diffalign.inference.trace import Trace
 from diffalign.process import Process, expand_as
 from diffalign.randomness import generator
@@ -80,13 +80,8 @@ class UniversalGuidanceConfig(StrictModel):
     """Largest change of the predicted noise, as a share of its norm; null: none, as in the paper."""
     recurrence: int = Field(default=1, ge=1)
     """How often a step is taken, with noise in between; time grows with it, and pictures stay nearer to the model's."""
-    window: tuple[float, float] = (0.0, 1.0)
+    window: Window = (0.0, 1.0)
     """The steps that are guided lie between these shares of all."""
-
-    @model_validator(mode="after")
-    def _window(self) -> UniversalGuidanceConfig:
-        checked_window(self.window)
-        return self
 
     @property
     def iterations(self) -> int:

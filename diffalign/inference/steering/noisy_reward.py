@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
@@ -23,7 +23,7 @@ from diffalign.inference.generation import Generation
 from diffalign.inference.objective import Objective
 from diffalign.inference.problem import Problem
 from diffalign.inference.steering.guidance import Guided, Pull, Push
-from diffalign.inference.steering.walk import Walk, checked_window, network
+from diffalign.inference.steering.walk import Walk, Window, network
 from diffalign.inference.trace import Trace
 from diffalign.rewards import load_reward, place
 from diffalign.sampling.step_scores import StepReward
@@ -42,13 +42,8 @@ class NoisyRewardConfig(StrictModel):
     """w; 100 in the paper, for its rewards. 0 is plain sampling."""
     clip: float | None = Field(default=0.3, gt=0)
     """Largest change of the predicted noise, as a share of its norm; null: none, as in the paper."""
-    window: tuple[float, float] = (0.0, 1.0)
+    window: Window = (0.0, 1.0)
     """The steps that are guided lie between these shares of all."""
-
-    @model_validator(mode="after")
-    def _window(self) -> NoisyRewardConfig:
-        checked_window(self.window)
-        return self
 
     @property
     def iterations(self) -> int:

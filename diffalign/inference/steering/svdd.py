@@ -12,7 +12,7 @@ import math
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from diffalign.inference.generation import Generation
@@ -23,9 +23,9 @@ from diffalign.inference.steering.walk import (
     Look,
     Seen,
     Walk,
+    Window,
     acting,
     check_noise,
-    checked_window,
     pick,
 )
 from diffalign.inference.trace import Trace
@@ -41,13 +41,8 @@ class SVDDConfig(StrictModel):
     """M per step; a run costs nearly as much as M pictures. The paper: 20 for pictures. 1 is plain sampling."""
     temperature: float = Field(default=0.0, ge=0)
     """alpha, in units of the reward: 0 takes the best, as the release does; large ones take any."""
-    window: tuple[float, float] = (0.0, 1.0)
+    window: Window = (0.0, 1.0)
     """Candidates are drawn between these shares of the steps; the others are plain."""
-
-    @model_validator(mode="after")
-    def _window(self) -> SVDDConfig:
-        checked_window(self.window)
-        return self
 
     @property
     def iterations(self) -> int:

@@ -9,8 +9,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, pairwise
+from typing import Annotated
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
@@ -21,7 +23,19 @@ from diffalign.randomness import generator
 from diffalign.sampling.rollout import chunks, predict
 from diffalign.sampling.transition import Transition, transition
 
-Window = tuple[float, float]
+
+def _checked_window(window: tuple[float, float]) -> tuple[float, float]:
+    """A window, if it is one.
+
+    Raises:
+        ValueError: shares outside of [0, 1], or not in rising order.
+    """
+    if not 0 <= window[0] <= window[1] <= 1:
+        raise ValueError(f"window is {window}; expected two rising shares of the steps in [0, 1]")
+    return window
+
+
+Window = Annotated[tuple[float, float], AfterValidator(_checked_window)]
 """First and last step at which a method acts, as shares of all steps."""
 
 
@@ -202,17 +216,6 @@ def acting(window: Window, steps: int) -> list[int]:
     """The steps that lie between two shares of all steps, both ends included."""
     first, last = window
     return [step for step in range(steps) if first * steps <= step <= last * steps]
-
-
-def checked_window(window: Window) -> Window:
-    """A window, if it is one.
-
-    Raises:
-        ValueError: shares outside of [0, 1], or not in rising order.
-    """
-    if not 0 <= window[0] <= window[1] <= 1:
-        raise ValueError(f"window is {window}; expected two rising shares of the steps in [0, 1]")
-    return window
 
 
 def stops(step: int, steps: int, calls: int) -> list[int]:
