@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +30,7 @@ from benchmarks.method_cells import (
     table,
     table_of_settings,
 )
+from benchmarks.processes import run_commands
 from benchmarks.relabelled import relabelled_name, write_relabelled
 from benchmarks.wrong_attributes import write_pairs
 
@@ -79,13 +79,9 @@ def run_cell(cell: Cell, folder: Path, steps: int, prompts: int, threads: int) -
     result = folder / cell.name / "evaluation.json"
     if result.is_file():
         return f"{cell.name}: done before"
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    log = folder / f"{cell.name}.log"
-    with log.open("w", encoding="utf-8") as stream:
-        for command in commands(cell, folder, steps, prompts):
-            done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
-            if done.returncode:
-                return f"{cell.name}: failed with exit code {done.returncode}, see {log}"
+    wrong = run_commands(commands(cell, folder, steps, prompts), folder / f"{cell.name}.log", threads)
+    if wrong:
+        return f"{cell.name}: {wrong}"
     judge = json.loads(result.read_text(encoding="utf-8"))["metrics"]["scenes-judge"]
     return f"{cell.name}: {judge['base']:.3f} to {judge['tuned']:.3f}"
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ import typer
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from benchmarks.processes import run_commands
 from diffalign.config import load_recipe, trainer_config
 from diffalign.metrics import read_metrics
 
@@ -97,13 +97,10 @@ def run_cell(run: Run, folder: Path, samples: int, prompts: int, threads: int) -
     """Train and evaluate a cell unless it is done; returns how it went in a line."""
     result = folder / run.name / "evaluation.json"
     if not result.is_file():
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        log = folder / f"{run.name}.log"
-        with log.open("a", encoding="utf-8") as stream:
-            for command in commands(run, folder, samples, prompts):
-                done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
-                if done.returncode:
-                    return f"{run.name}: failed with exit code {done.returncode}, see {log}"
+        work = commands(run, folder, samples, prompts)
+        wrong = run_commands(work, folder / f"{run.name}.log", threads, "a")
+        if wrong:
+            return f"{run.name}: {wrong}"
     judge = json.loads(result.read_text(encoding="utf-8"))["metrics"][REWARDS[0]]
     return f"{run.name}: {judge['base']:.3f} to {judge['tuned']:.3f}"
 

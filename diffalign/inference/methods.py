@@ -59,6 +59,7 @@ METHODS: dict[str, Entry] = {
     "fk": Entry("diffalign.inference.steering.fk", "FK", "steering", "particles drawn anew on the way", "all"),
     "svdd": Entry("diffalign.inference.steering.svdd", "SVDD", "steering", "the best of several at each step", "all"),
     "demon": Entry("diffalign.inference.steering.demon", "Demon", "steering", "noises mixed by their rewards", "all"),
+    "paths": Entry("diffalign.inference.steering.paths", "Paths", "steering", "nearly done, noised, done anew", "all"),
     "universal_guidance": Entry(
         "diffalign.inference.steering.guidance", "UniversalGuidance", "gradient", "a gradient moves each step", "all"
     ),

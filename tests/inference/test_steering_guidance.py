@@ -16,10 +16,9 @@ from diffalign.inference.steering.guidance import (
     UniversalGuidance,
     UniversalGuidanceConfig,
     pushed,
-    renoised,
 )
 from diffalign.inference.steering.noisy_reward import NoisyReward, NoisyRewardConfig
-from diffalign.inference.steering.walk import Walk
+from diffalign.inference.steering.walk import Walk, renoised
 from diffalign.process import Process
 from diffalign.rewards import RewardOutput
 

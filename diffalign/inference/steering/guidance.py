@@ -20,12 +20,11 @@ from torch import Tensor
 
 from diffalign.inference.problem import Problem
 from diffalign.inference.search import norms
-from diffalign.inference.steering.walk import Walk, Window, acting, moved, network
+from diffalign.inference.steering.walk import Walk, Window, acting, moved, network, renoised
 from diffalign.inference.trace import Trace
 from diffalign.process import Process, expand_as
 from diffalign.randomness import generator
 from diffalign.sampling.rollout import chunks
-from diffalign.sampling.transition import levels
 from diffalign.strict import StrictModel
 
 POLE = 1e-3
@@ -206,14 +205,3 @@ def pushed(process: Process, pull: Pull, x: Tensor, t: Tensor, push: Push) -> Te
         change = change * (push.clip * norms(eps) / norms(change).clamp(min=SMALLEST)).clamp(max=1)
     shifted = process.target(x0 + sigma / alpha.clamp(min=POLE) * change, eps - change, t)
     return torch.where((alpha < POLE) | (norms(change) == 0), pull.prediction, shifted)
-
-
-def renoised(process: Process, x_prev: Tensor, t: Tensor, t_prev: Tensor, noise: Tensor) -> Tensor:
-    """States `[n, C, h, w]` at times `t_prev` `[n]` taken back to the higher noise of times `t` by the forward process.
-
-    `x_t = a x_prev + sqrt(sigma_t^2 - a^2 sigma_prev^2) noise`, `a = alpha_t / alpha_prev`.
-    """
-    (alpha, sigma), (alpha_prev, sigma_prev) = levels(process, t), levels(process, t_prev)
-    kept = alpha / alpha_prev
-    fresh = (sigma.square() - (kept * sigma_prev).square()).clamp(min=0).sqrt()
-    return expand_as(kept.to(x_prev), x_prev) * x_prev + expand_as(fresh.to(x_prev), x_prev) * noise

@@ -19,9 +19,10 @@ from diffalign.errors import DiffalignError
 from diffalign.inference.generation import Generation
 from diffalign.inference.problem import Problem
 from diffalign.inference.search import draw, failed_as_nan
+from diffalign.process import Process, expand_as
 from diffalign.randomness import generator
 from diffalign.sampling.rollout import chunks, predict
-from diffalign.sampling.transition import Transition, transition
+from diffalign.sampling.transition import Transition, levels, transition
 
 
 def _checked_window(window: tuple[float, float]) -> tuple[float, float]:
@@ -151,13 +152,24 @@ class Walk:
         clean, mean, std = (torch.cat(values) for values in zip(*parts, strict=True))
         return Seen(*(value.unflatten(0, x.shape[:2]) for value in (clean, mean, std)))
 
+    def along(self, x: Tensor, first: int, end: int) -> Tensor:
+        """States `[B, K, C, h, w]` at the start of a step taken to that of another by deterministic steps.
+
+        At the end of the sampler they are the clean latents that the network sees last.
+        """
+        return self._through(x, range(first, end + 1))
+
     def ahead(self, x: Tensor, step: int, calls: int) -> Tensor:
         """Clean latents that states `[B, K, C, h, w]` at the start of a step lead to without further noise.
 
         Args:
             calls: of the network, at times that are spread over the steps left; 1: what it sees at once.
         """
-        for first, end in pairwise(stops(step, self.steps, calls)):
+        return self._through(x, stops(step, self.steps, calls))
+
+    def _through(self, x: Tensor, steps: Sequence[int]) -> Tensor:
+        """States taken through the starts of steps by DDIM."""
+        for first, end in pairwise(steps):
             parts = [_jump(self.generation, part, first, end, rows) for part, rows in self._batches(x)]
             x = torch.cat(parts).unflatten(0, x.shape[:2])
         return x
@@ -204,6 +216,17 @@ def moved(generation: Generation, x: Tensor, step: int, prediction: Tensor) -> T
     return transition(
         generation.backbone.process, generation.sampler.kernel_at(step), x, t, t_prev, prediction
     )
+
+
+def renoised(process: Process, x_prev: Tensor, t: Tensor, t_prev: Tensor, noise: Tensor) -> Tensor:
+    """States `[n, C, h, w]` at times `t_prev` `[n]` taken back to the higher noise of times `t` by the forward process.
+
+    `x_t = a x_prev + sqrt(sigma_t^2 - a^2 sigma_prev^2) noise`, `a = alpha_t / alpha_prev`.
+    """
+    (alpha, sigma), (alpha_prev, sigma_prev) = levels(process, t), levels(process, t_prev)
+    kept = alpha / alpha_prev
+    fresh = (sigma.square() - (kept * sigma_prev).square()).clamp(min=0).sqrt()
+    return expand_as(kept.to(x_prev), x_prev) * x_prev + expand_as(fresh.to(x_prev), x_prev) * noise
 
 
 def pick(values: Tensor, index: Tensor) -> Tensor:
