@@ -30,7 +30,25 @@ ANSWERS = "answers.jsonl"
 # picture drawn again on another machine differs a little, another sample of the same prompt much more.
 THUMBNAIL, TOLERANCE = 8, 12
 KEYS = {"1": 1.0, "2": 0.0, "=": 0.5, "s": None}
-HELP = "1: the first is better, 2: the second is, =: they are alike, s: skip, q: stop"
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a person is asked.
+
+    Fields:
+        question: before an answer. help: what may be typed. what: things to judge. unasked: what to do where nobody
+            can be asked. again: how to go on after a stop.
+    """
+
+    question: str = "better? "
+    help: str = "1: the first is better, 2: the second is, =: they are alike, s: skip, q: stop"
+    what: str = "pairs"
+    unasked: str = (
+        "trainer.labels is person, but nobody can be asked: the input has ended. Run in a terminal, or set "
+        "trainer.labels to reward."
+    )
+    again: str = "resume the run to go on"
 
 
 @dataclass(frozen=True)
@@ -163,6 +181,7 @@ class PersonLabeller:
 
     Args:
         folder: where `answers.jsonl` and the pictures are written. read: asks for a line with a prompt. show: prints.
+        words: what is asked.
     """
 
     def __init__(
@@ -170,8 +189,9 @@ class PersonLabeller:
         folder: Path,
         read: Callable[[str], str] = input,
         show: Callable[[str], None] = print,
+        words: Words | None = None,
     ) -> None:
-        self.folder, self._read, self._show = folder, read, show
+        self.folder, self._read, self._show, self.words = folder, read, show, words or Words()
         self.log = AnswerLog(folder / ANSWERS)
 
     def judge(self, comparisons: Sequence[Comparison]) -> list[float | None]:
@@ -182,7 +202,7 @@ class PersonLabeller:
         """
         left = sum(not self.log.find(each)[0] for each in comparisons)
         if left:
-            self._show(f"\n{left} of {len(comparisons)} pairs to judge. {HELP}")
+            self._show(f"\n{left} of {len(comparisons)} {self.words.what} to judge. {self.words.help}")
         found: list[float | None] = []
         for number, each in enumerate(comparisons, 1):
             known, answer = self.log.find(each)
@@ -207,20 +227,17 @@ class PersonLabeller:
         """What was typed, asked for until it can be understood."""
         while True:
             try:
-                typed = self._read("better? ").strip().lower()
+                typed = self._read(self.words.question).strip().lower()
             except EOFError as error:
-                raise Stopped(
-                    "trainer.labels is person, but nobody can be asked: the input has ended. Run in a terminal, or set "
-                    f"trainer.labels to reward. {self._progress()}"
-                ) from error
+                raise Stopped(f"{self.words.unasked} {self._progress()}") from error
             if typed in KEYS:
                 return KEYS[typed]
             if typed == "q":
                 raise Stopped(f"labelling was stopped. {self._progress()}")
-            self._show(f"{typed!r} is no answer. {HELP}")
+            self._show(f"{typed!r} is no answer. {self.words.help}")
 
     def _progress(self) -> str:
-        return f"{len(self.log)} answers are kept in {self.log.path}; resume the run to go on."
+        return f"{len(self.log)} answers are kept in {self.log.path}; {self.words.again}."
 
 
 def open_labeller(labels: str, folder: Path) -> Labeller | None:

@@ -1,4 +1,4 @@
-"""QDHF as a method: encoders look at the pictures, a proxy judges their similarity, an archive is what comes of it.
+"""QDHF as a method: encoders look at pictures, a proxy or a person judges similarity, an archive is what comes of it.
 
 Ding et al. 2024, arXiv 2310.12103, algorithm 1. The search is `diffalign/inference/qd.py`; here it is given features
 and judgements, compared with as many independent noises on the same axes, and shown as a sheet of elites.
@@ -7,13 +7,16 @@ and judgements, compared with as many independent noises on the same axes, and s
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from diffalign.data.labelling import Comparison, Labeller, PersonLabeller, Words
 from diffalign.errors import DiffalignError
 from diffalign.inference.budget import Budget, Meter
 from diffalign.inference.diversity import judged_by
@@ -45,8 +48,11 @@ class QDHFConfig(QualityDiversityConfig):
     proxy: str | None = None
     """Encoder whose cosines judge which of two pictures is more like a third, as the paper's DreamSim; null: `encoder`,
     and the axes are those that keep most of what it finds similar."""
+    person: str | None = None
+    """A folder: a person in the terminal judges in place of the proxy, and pictures and answers are kept there. The
+    same run with the same folder goes on where it was stopped. Set `judgements` to a few dozen."""
     judgements: int = Field(default=400, ge=0)
-    """Per prompt and refit; they cost no pictures. 0 keeps the principal axes. The paper: 2500."""
+    """Per prompt and refit; those of a proxy cost no pictures. 0 keeps the principal axes. The paper: 2500."""
     refits: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5)
     """When there are judgements and the axes are learned anew, in shares of the rounds after the first noises, as in
     the paper; in between and afterwards elites are improved on fixed axes. A budget of seconds counts as `rounds`."""
@@ -54,6 +60,18 @@ class QDHFConfig(QualityDiversityConfig):
     """Draw as many independent noises and place them on the same axes, which doubles the time."""
     sheet: int = Field(default=5, ge=0)
     """Pictures along each side of the sheet of elites, which are drawn again; 0: none. Needs two axes."""
+
+
+WORDS = Words(
+    question="more alike? ",
+    help=(
+        "Each sheet shows the same picture on the left. 1: the two of the first sheet are more alike, 2: those of the "
+        "second, =: no difference, s: skip, q: stop"
+    ),
+    what="triplets",
+    unasked="method.person is set, but nobody can be asked: the input has ended. Run in a terminal, or leave it out.",
+    again="the same run with the same folder goes on",
+)
 
 
 @dataclass
@@ -99,10 +117,17 @@ class Eyes:
 
 
 class QDHF:
-    """Quality diversity with learned axes, for B prompts at once."""
+    """Quality diversity with learned axes, for B prompts at once.
 
-    def __init__(self, config: QDHFConfig | None = None) -> None:
+    Args:
+        labeller: who judges triplets in place of the proxy; None: as the options say.
+    """
+
+    def __init__(self, config: QDHFConfig | None = None, labeller: Labeller | None = None) -> None:
         self.config = config or QDHFConfig()
+        if labeller is None and self.config.person is not None:
+            labeller = PersonLabeller(Path(self.config.person), words=WORDS)
+        self.labeller = labeller
 
     def run(self, problem: Problem, trace: Trace) -> None:
         """Fill the archives, then note QD score and coverage and make the sheets.
@@ -123,7 +148,7 @@ class QDHF:
             search.tell(judged.rewards, features)
             trace.saw(judged.best, judged.media, judged.noises)
             if search.round in refits:
-                self._learn(search, seen, agreed)
+                self._learn(search, seen, agreed, problem)
         problem.meter.stop()
         self._report(search, problem, trace, eyes, torch.cat(seen.rewards, 1))
         trace.note("agreement", agreed)
@@ -153,15 +178,41 @@ class QDHF:
         for noises, found in zip(candidates, similar, strict=True):
             seen.memory |= {_key(noise): row for noise, row in zip(noises, found, strict=True)}
 
-    def _learn(self, search: QualityDiversity, seen: Seen, agreed: Tensor) -> None:
-        """Let the proxy judge triplets of each prompt's pictures, and fit the axes to them."""
+    def _learn(self, search: QualityDiversity, seen: Seen, agreed: Tensor, problem: Problem) -> None:
+        """Have triplets of each prompt's pictures judged, and fit the axes to them."""
         for row in range(len(agreed)):
             noises, _ = search.candidates_of(row)
             if len(noises) < 3:
                 continue
             numbers = search.triplets(row, self.config.judgements)
-            similar = torch.stack([seen.memory[_key(noise)] for noise in noises])
-            agreed[row] = search.learn(row, numbers, judged_by(similar[numbers]))
+            if self.labeller is None:
+                similar = torch.stack([seen.memory[_key(noise)] for noise in noises])
+                nearer = judged_by(similar[numbers])
+            else:
+                numbers, nearer = self._asked(problem, row, noises, numbers)
+            if len(numbers):
+                agreed[row] = search.learn(row, numbers, nearer)
+
+    def _asked(self, problem: Problem, row: int, noises: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Triplets `[T, 3]` that somebody could judge, and whether the second is more like the reference `[T]`.
+
+        Their pictures are drawn again, which is not counted; nor is the time of the answers.
+        """
+        assert self.labeller is not None
+        problem.meter.stop()
+        shown = numbers.unique()
+        rows = [row] * len(shown)
+        media = problem.generation.media(problem.full(noises[shown], rows), rows)
+        pictures = dict(zip(shown.tolist(), media.float(), strict=True))
+        questions = [
+            triplet_question(problem, row, [noises[n] for n in triple], [pictures[n] for n in triple])
+            for triple in numbers.tolist()
+        ]
+        answers = [math.nan if a is None else a for a in self.labeller.judge(questions)]
+        problem.meter.start()
+        first_nearer = torch.tensor(answers)
+        told = first_nearer.isfinite() & (first_nearer != 0.5)
+        return numbers[told], first_nearer[told] < 0.5
 
     def _report(
         self, search: QualityDiversity, problem: Problem, trace: Trace, eyes: Eyes, told: Tensor
@@ -179,6 +230,19 @@ class QDHF:
                 trace.fail(row, f"fewer than method.initial={self.config.initial} pictures could be judged")
             elif self.config.sheet and self.config.axes == 2:
                 trace.sheets[row] = sheet_of(archive, self.config, problem, row)
+
+
+def triplet_question(
+    problem: Problem, row: int, noises: Sequence[Tensor], pictures: Sequence[Tensor]
+) -> Comparison:
+    """A reference and two pictures as two sheets `[3, H, 2 W]`, each with the reference on the left.
+
+    The name of a question is made of its noises, so that an answer is found again whenever they are.
+    """
+    reference, first, second = pictures
+    name = hashlib.blake2b(b"".join(_key(noise) for noise in noises), digest_size=8).hexdigest()
+    sheets = (torch.cat([reference, other], 2) for other in (first, second))
+    return Comparison(f"{problem.seeds[row]}/{name}", problem.texts[row], *sheets)
 
 
 def independent(problem: Problem, eyes: Eyes, count: int) -> tuple[Tensor, Tensor]:
