@@ -63,7 +63,7 @@ def with_gradients(method: str, **options: object) -> dict[str, object]:
     """A gradient method whose forward and backward passes cost what the budget is: 1 + 2 evaluations a step."""
     each = 3 * COST
     named = {f"method.{name}": value for name, value in options.items()}
-    if method == "universal_guidance":
+    if method in ("universal_guidance", "noisy_reward"):
         return {
             "method.method": method,
             "budget.evaluations": EVALUATIONS // each * COST,
@@ -109,6 +109,10 @@ GROUPS: Mapping[str, Group] = {
             "SVDD": without_gradients("svdd"),
             "Demon": without_gradients("demon", candidates=8),
             "universal guidance": with_gradients("universal_guidance"),
+            # Its reward reads the network up to the middle and back, which is not counted as an evaluation.
+            "guidance by a reward of noisy latents": with_gradients(
+                "noisy_reward", scorer="scenes-latent", strength=10
+            ),
         },
     ),
     "caution": Group(

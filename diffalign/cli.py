@@ -154,6 +154,9 @@ def evaluate(
     drift_pictures: Annotated[
         int, typer.Option(min=0, help="Base pictures behind the drift; 0 leaves it out.")
     ] = 64,
+    istd_paths: Annotated[
+        int, typer.Option(min=0, help="Paths between noises behind ISTD, 11 pictures each; 0 leaves it out.")
+    ] = 0,
     steps: Steps = None,
     guidance: Guidance = None,
     batch_size: Rows = None,
@@ -172,6 +175,7 @@ def evaluate(
         seeds_per_prompt=seeds_per_prompt,
         encoder=encoder,
         drift_pictures=drift_pictures,
+        istd_paths=istd_paths,
         steps=steps,
         guidance=guidance,
         batch_size=batch_size,

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from diffalign.smoothness_config import SmoothnessConfig
 from diffalign.strict import StrictModel
 
 
@@ -277,6 +278,8 @@ class RunConfig(StrictModel):
     """The optimiser."""
     curriculum: CurriculumConfig = CurriculumConfig()
     """The order in which pairs are drawn."""
+    smoothness: SmoothnessConfig | None = None
+    """Adds the regulariser of Smooth Diffusion to an offline method; null: off, at no cost."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from diffalign.config import RunConfig, trainer_class, trainer_config
+from diffalign.plan_latent import latent_size
 from diffalign.plan_network import NetworkSize, network_size
 from diffalign.plan_online import Drawing
 
@@ -92,7 +93,7 @@ class Plan:
             return None
         options = self.config.trainer
         # Backward costs one forward for the inputs' gradients, and one more for the weights'.
-        passes = 1 + (1 if self.config.model.tune == "lora" else 2)
+        passes = 1 + (0 if self.network.frozen else 1 if self.config.model.tune == "lora" else 2)
         asks = "reference" in trainer_class(self.config).Config.model_fields
         passes += asks and options.get("reference") != "cached"
         passes += self.config.model.gradient_checkpointing
@@ -127,6 +128,12 @@ class Plan:
         yield "memory (estimate)", f"{sum(uses.values()) / GB:.2f} GB per process" if uses else unknown
         for name, value in uses.items():
             yield f"  {name}", f"{value / GB:.2f} GB"
+        if self.config.smoothness is not None:
+            share = self.config.smoothness.share
+            yield (
+                "smoothness",
+                f"a gradient of a gradient for {share:.0%} of the records, not in these numbers",
+            )
         flops, disk = self.flops(), self.disk()
         yield (
             "compute" if self.drawing is None else "compute of drawing",
@@ -172,7 +179,7 @@ def plan_run(config: RunConfig) -> Plan:
         frozen, size = False, scorer_size(config)
     else:
         frozen = kind.needs_frozen_copy(options, config.model.tune)
-        size = network_size(config, dtype)
+        size = network_size(config, dtype) if config.model.tune != "head" else latent_size(config, dtype)
     told = size is not None and size.told_guidance
     drawing = Drawing.of(options, config.optim.steps, told) if "prompts" in kind.data_kinds else None
     return Plan(config, dtype, frozen, size, data, int(os.environ.get("WORLD_SIZE", "1")), drawing)

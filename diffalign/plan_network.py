@@ -36,7 +36,7 @@ class NetworkSize:
     """Numbers of weights, and bytes and multiply-adds of a forward pass over one pair (two pictures).
 
     `quantized` is the number of weights that are held in four bits; `told_guidance` says whether a guided prediction
-    takes one pass, since the network is told its scale.
+    takes one pass, since the network is told its scale; `frozen`, whether nothing goes back through the network.
     """
 
     total: int
@@ -45,6 +45,7 @@ class NetworkSize:
     forward_flops: int
     quantized: int = 0
     told_guidance: bool = False
+    frozen: bool = False
 
 
 def network_size(config: RunConfig, dtype: torch.dtype) -> NetworkSize | None:
@@ -55,7 +56,6 @@ def network_size(config: RunConfig, dtype: torch.dtype) -> NetworkSize | None:
     """
     from diffalign.backbones.base import Backbone
     from diffalign.backbones.guidance import is_told_guidance
-    from diffalign.backbones.loading import quiet
 
     family = _family(config)
     network = None if family is None else meta_network(config)
@@ -63,16 +63,25 @@ def network_size(config: RunConfig, dtype: torch.dtype) -> NetworkSize | None:
         return None
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     total = sum(p.numel() for p in network.parameters())
-    with quiet():
-        network.to(dtype)
-    side = config.data.resolution // _latent_factor(config)
-    inputs = family.meta_inputs(network.config, side, dtype)
+    inputs = network_inputs(config, network, dtype)
     with counting(network) as kept, FlopCounterMode(display=False) as counter:
         network(**inputs)
     activations = kept.peak() if config.model.gradient_checkpointing else kept.total()
     flops = counter.get_total_flops() + kept.attention_flops
     told = is_told_guidance(network) or family.guided is not Backbone.guided
     return NetworkSize(total, trained, activations, flops, _quantized(network, config), told)
+
+
+def network_inputs(config: RunConfig, network: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """What a network of `meta_network` is given for a pair, as shapes; it is brought to the number format."""
+    from diffalign.backbones.loading import quiet
+
+    family = _family(config)
+    assert family is not None, "there is a network"
+    with quiet():
+        network.to(dtype)
+    side = config.data.resolution // _latent_factor(config)
+    return family.meta_inputs(network.config, side, dtype)
 
 
 def _quantized(network: nn.Module, config: RunConfig) -> int:

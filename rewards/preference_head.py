@@ -20,9 +20,9 @@ from diffalign.data.judged import OVERALL
 from diffalign.errors import DiffalignError, did_you_mean
 from diffalign.rewards.base import Facts, RewardOutput
 from diffalign.rewards.heads import PALHead, PALSpec, Scores, build_head, spec_from_dict
+from diffalign.rewards.run_folders import DESCRIPTIONS, WEIGHTS, reward_folder
 
-DESCRIPTION = "reward.json"
-WEIGHTS = "trainable.safetensors"
+DESCRIPTION = DESCRIPTIONS["trained"]
 SHIPPED = "scenes:"
 
 
@@ -86,7 +86,7 @@ class TrainedReward(nn.Module):
         from diffalign.rewards.clip_model import load_clip
 
         super().__init__()
-        folder = trained_folder(path)
+        folder = reward_folder(path, "trained")
         facts = _description(folder)
         self.spec = spec_from_dict(facts["head"])
         source = clip or facts["clip"]
@@ -144,22 +144,6 @@ class TrainedReward(nn.Module):
             return torch.ones(1, 1)
         with torch.no_grad():
             return _user_weights(head, user)
-
-
-def trained_folder(path: str | Path) -> Path:
-    """The folder of a finished reward model: `path`, or `path/final`.
-
-    Raises:
-        DiffalignError: it holds none.
-    """
-    given = Path(path).expanduser()
-    for folder in (given, given / "final"):
-        if (folder / DESCRIPTION).is_file() and (folder / WEIGHTS).is_file():
-            return folder
-    raise DiffalignError(
-        f"{str(path)!r} holds no finished reward model: expected a run of `diffalign train scenes/reward_model`, or "
-        f"its final/ with {DESCRIPTION} and {WEIGHTS}"
-    )
 
 
 def clip_source(path: str) -> str:

@@ -6,7 +6,8 @@ A specification is
 - `module:Name` for your own reward class, instance or plain function;
 - a mapping with the key `reward` and the options of its constructor: `{reward: clip, model: ViT-H-14}`. The option
   `of` holds the specification, or the list of them, of what a wrapper wraps;
-- a `.yaml` or `.json` file that holds such a mapping.
+- a `.yaml` or `.json` file that holds such a mapping;
+- the folder of a finished run that trained a reward: `runs/scenes-reward-model` is `trained@runs/scenes-reward-model`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, TypeAlias
 
 from diffalign.errors import DiffalignError, did_you_mean
 from diffalign.rewards.base import FunctionReward, Reward
+from diffalign.rewards.run_folders import reward_of
 
 Spec: TypeAlias = str | Mapping[str, Any]
 
@@ -40,12 +42,15 @@ def build_reward(spec: Spec, catalogue: Mapping[str, str]) -> Reward:
     name, _, path = spec.partition("@")
     if name in catalogue:
         return _construct(_imported(catalogue[name]), name, {"path": path} if path else {})
+    if Path(spec).is_dir():
+        return build_reward(f"{reward_of(spec)}@{spec}", catalogue)
     if ":" in spec:
         return _construct(_imported(spec), spec, {})
     hint = did_you_mean(name, list(catalogue))
     known = ", ".join(sorted(catalogue))
     raise DiffalignError(
-        f"unknown reward {name!r}; expected one of: {known}; or `module:Name` from your code.{hint}"
+        f"unknown reward {name!r}; expected one of: {known}; `module:Name` from your code, or "
+        f"the folder of a run that trained one.{hint}"
     )
 
 

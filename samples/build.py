@@ -1,8 +1,8 @@
 """Rebuild the embedded world from a seed: `python -m diffalign.samples.build [STAGE ...]`.
 
-Stages: vae, unet, preferences, held-out, clip, scorers, lcm, sd3. Each writes into the package folder (or `--out`)
-and can be run alone once the earlier ones exist. Times and accuracies of the shipped build stand in README.md beside
-this file.
+Stages: vae, unet, preferences, held-out, clip, scorers, latent, lcm, sd3. Each writes into the package folder (or
+`--out`) and can be run alone once the earlier ones exist. Times and accuracies of the shipped build stand in README.md
+beside this file.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from diffalign.samples.training import (
 )
 
 DROP_CAPTION = 0.1
-STAGES = ("vae", "unet", "preferences", "held-out", "clip", "scorers", "lcm", "sd3")
+STAGES = ("vae", "unet", "preferences", "held-out", "clip", "scorers", "latent", "lcm", "sd3")
 
 
 def train_vae(out: Path, seed: int, steps: int, batch: int, device: str) -> None:
@@ -175,6 +175,10 @@ def main(argv: list[str] | None = None) -> None:
             from diffalign.samples.train_scorers import train_scorers
 
             train_scorers(args.out, args.seed, args.device)
+        elif stage == "latent":
+            from diffalign.samples.train_latent import train_latent
+
+            train_latent(args.out, args.seed)
         elif stage == "lcm":
             from diffalign.samples.consistency import train_lcm
 

@@ -325,8 +325,8 @@ SURFACE = {
         "--prompts --replay --resolution --resume --reward --seed --steps overrides target"
     ),
     "evaluate": (
-        "--against --batch-size --checkpoint --drift-pictures --encoder --guidance --num --prompts --rewards --seed "
-        "--seeds-per-prompt --steps run"
+        "--against --batch-size --checkpoint --drift-pictures --encoder --guidance --istd-paths --num --prompts "
+        "--rewards --seed --seeds-per-prompt --steps run"
     ),
     "score": "--batch-size --on-error --out --prompt --prompts --rewards files",
     "rewards": "--json",

@@ -164,7 +164,8 @@ data.shard_size data.max_pixels data.rejected_caption data.degraded data.labels 
 trainer optim optim.optimizer optim.lr optim.weight_decay
 optim.betas optim.eps optim.schedule optim.warmup optim.steps optim.batch_size optim.accumulation optim.clip
 optim.ema optim.max_nonfinite curriculum curriculum.stages curriculum.steps curriculum.gap curriculum.keep
-curriculum.reference checkpoint checkpoint.every checkpoint.keep_last checkpoint.keep_best
+curriculum.reference smoothness smoothness.weight smoothness.decay smoothness.share
+checkpoint checkpoint.every checkpoint.keep_last checkpoint.keep_best
 checkpoint.final evaluation evaluation.every evaluation.prompts evaluation.num_prompts evaluation.steps
 evaluation.guidance evaluation.batch_size evaluation.rewards evaluation.seed evaluation.best_metric
 evaluation.monitor evaluation.monitor.num_prompts evaluation.monitor.gold evaluation.monitor.stop

@@ -15,6 +15,7 @@ TRAINERS: dict[str, str] = {
     "hypernoise": "diffalign.trainers.hypernoise:HypernoiseTrainer",
     "inpo": "diffalign.trainers.inpo:InPOTrainer",
     "kto": "diffalign.trainers.kto:KTOTrainer",
+    "latent_reward": "diffalign.trainers.latent_reward:LatentRewardTrainer",
     "listwise": "diffalign.trainers.listwise:ListwiseTrainer",
     "mapo": "diffalign.trainers.mapo:MaPOTrainer",
     "nft": "diffalign.trainers.nft:NFTTrainer",

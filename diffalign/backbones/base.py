@@ -133,6 +133,11 @@ class Backbone:
 
     # The network
 
+    @property
+    def acting(self) -> nn.Module:
+        """The bare network that answers: `core`, or inside `reference()` its frozen copy if there is one."""
+        return self._frozen if self._use_frozen and self._frozen is not None else self.core
+
     def predict(self, x_t: Tensor, t: Tensor, cond: Conditioning, reference: bool = False) -> Tensor:
         """The network's output `[B, C, h, w]` in float32 (float64 of float64 weights), in its own parameterisation.
 
@@ -142,9 +147,7 @@ class Backbone:
             reference: use the frozen model, without gradients.
         """
         if not reference:
-            return self._forward(
-                self._frozen if self._use_frozen and self._frozen else self.network, x_t, t, cond
-            )
+            return self._forward(self.acting if self._use_frozen else self.network, x_t, t, cond)
         with torch.no_grad(), self.reference():
             return self._forward(self._frozen or self.core, x_t, t, cond)
 
@@ -254,7 +257,7 @@ class Backbone:
             for name, part in self._pipeline.components.items():
                 if isinstance(part, nn.Module) and name != self.network_name:
                     part.requires_grad_(False).to(self.device)
-        setattr(self._pipeline, self.network_name, self._frozen if self._use_frozen else self.core)
+        setattr(self._pipeline, self.network_name, self.acting)
         return self._pipeline
 
     def load_pipeline(self, network: nn.Module, dtype: torch.dtype) -> Any:

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 
 def fuse_linear_layers(layers: Sequence[LoraLayer], adapter: str = "default") -> None:
@@ -65,9 +64,10 @@ class _AdaptedLinear(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
         x, weight, a, b, hidden = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiable_gradients(x, weight, a, b, grad, ctx.scale)
         rows = _rows(grad)
         grad_hidden = (rows @ b).mul_(ctx.scale)
         grad_x = None
@@ -76,6 +76,19 @@ class _AdaptedLinear(torch.autograd.Function):
         grad_a = grad_hidden.T @ _rows(x)
         grad_b = (rows.T @ hidden).mul_(ctx.scale)
         return grad_x, None, None, grad_a, grad_b, None
+
+
+def _differentiable_gradients(
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, grad: Tensor, scale: float
+) -> tuple[Tensor, None, None, Tensor, Tensor, None]:
+    """The gradients of `_AdaptedLinear` for a backward pass that is differentiated itself (create_graph).
+
+    Nothing is done in place, and the hidden activations are computed again: those that were saved have no graph.
+    """
+    rows = _rows(grad)
+    grad_hidden = rows @ b * scale
+    grad_x = (rows @ weight + grad_hidden @ a).view(x.shape)
+    return grad_x, None, None, grad_hidden.T @ _rows(x), rows.T @ (_rows(x) @ a.T) * scale, None
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -88,8 +88,8 @@ def open_source(config: ModelConfig) -> Source:
     """
     if config.tune == "head":
         raise DiffalignError(
-            f"model.tune is 'head': {config.path} is a scorer, not a generator. Use a finished reward model as the "
-            "reward trained@RUN, for example in diffalign score"
+            f"model.tune is 'head': the run trained a reward on {config.path}, not a generator. Use its folder as a "
+            "reward, for example in diffalign score --rewards RUN"
         )
     path = resolve_model(config.path)
     revision = {"revision": config.revision} if config.revision else {}

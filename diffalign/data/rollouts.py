@@ -34,7 +34,7 @@ from diffalign.randomness import derive_seed
 from diffalign.sampling.collection import tell
 from diffalign.sampling.rollout import Rollout, Sampler, Told, candidate_rollout, chunks, rollout
 from diffalign.sampling.schedules import Schedule
-from diffalign.sampling.step_scores import Judge, StepReward, predicted_picture, step_aware
+from diffalign.sampling.step_scores import Judge, StepReward, attach, predicted_picture, step_aware
 from diffalign.sampling.transition import Kernel
 
 INDEX = "index.json"
@@ -124,8 +124,10 @@ def store_rollouts(
         key: `job.key(...)`; files of another key are never used.
 
     Raises:
-        DiffalignError: a kernel that the model cannot use, scores that are not finite, or a full disk.
+        DiffalignError: a kernel that the model cannot use, a reward of another generator's latents, scores that are
+            not finite, or a full disk.
     """
+    attach(reward, backbone)
     remove_stale_partials(folder)
     if not is_complete(folder / COMMON, key):
         blank = {f"uncond.{n}": v.cpu() for n, v in backbone.unconditional(1).tensors().items()}

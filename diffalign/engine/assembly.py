@@ -11,6 +11,7 @@ from diffalign.config import RunConfig, trainer_class, trainer_config
 from diffalign.engine.curriculum import check_curriculum, open_curriculum
 from diffalign.engine.fit import Fit, check_fit
 from diffalign.engine.parallel import Parallel
+from diffalign.engine.smoothing import open_smoothing
 from diffalign.errors import DiffalignError
 from diffalign.progress import Reporter
 
@@ -37,6 +38,7 @@ class Ingredients:
         report: writes the report of the finished training into the run folder.
         monitor: watches for over-optimisation (`diffalign.evaluation.monitor`); its pictures replace `pictures`.
         curriculum: which pairs are drawn when (`diffalign.engine.curriculum`); None: all of them all the time.
+        smoothing: penalises uneven changes with the noise (`diffalign.engine.smoothing`); None: off.
         rounds: draws the samples of an online method (`diffalign.engine.rounds`); None: it learns from stored data.
         best_metric: what decides which checkpoint is best; None: `evaluation.best_metric`.
     """
@@ -51,6 +53,7 @@ class Ingredients:
     report: Callable[[], Any] | None = None
     monitor: Any = None
     curriculum: Any = None
+    smoothing: Any = None
     unit: str = "pairs"
     rounds: Any = None
     best_metric: str | None = None
@@ -81,6 +84,10 @@ def assemble(config: RunConfig, parallel: Parallel, reporter: Reporter) -> Ingre
         from diffalign.engine.scorer_assembly import assemble_scorer
 
         return assemble_scorer(config, parallel, reporter)
+    if config.model.tune == "head":
+        from diffalign.engine.latent_assembly import assemble_latent_reward
+
+        return assemble_latent_reward(config, fit, parallel, reporter)
     return assemble_generator(config, fit, parallel, reporter)
 
 
@@ -108,7 +115,11 @@ def assemble_generator(config: RunConfig, fit: Fit, parallel: Parallel, reporter
     )
     evaluate = None if held_out is None else lambda: _held_out_metrics(config, trainer, backbone, held_out)
     parts = generator_parts(config, trainer, cache, evaluate, pictures, reporter)
-    return replace(parts, curriculum=open_curriculum(config, cache))
+    return replace(
+        parts,
+        curriculum=open_curriculum(config, cache),
+        smoothing=open_smoothing(config, trainer, parallel),
+    )
 
 
 def generator_parts(
@@ -150,11 +161,12 @@ class OpenedOnce:
         """The backbone."""
         if self._backbone is None:
             from diffalign.backbones import open_backbone
+            from diffalign.backbones.early import read_only
 
             config = self.config
             options = trainer_config(config)
             self._backbone = open_backbone(
-                config.model,
+                read_only(config.model) if config.model.tune == "head" else config.model,
                 device=self.parallel.device,
                 parts="network",
                 resolution=config.data.resolution,

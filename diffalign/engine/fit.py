@@ -28,6 +28,8 @@ WORDS = {
 }
 # Kinds that are not made of data.source.
 DRAWN = ("rollouts", "prompts", "noises")
+# Kinds made of stored pictures that a generator is tuned on.
+STORED = ("pairs", "pictures", "groups")
 # Options of pairs that mean nothing for files of single pictures.
 PAIRS_ONLY = ("pairs", "votes", "ties", "rejected_caption", "degraded")
 
@@ -65,6 +67,7 @@ def check_fit(config: RunConfig) -> Fit:
     """
     check_options(config)
     check_adapters(config)
+    check_smoothness(config)
     if drawn := [kind for kind in kinds_of(trainer_class(config)) if kind in DRAWN]:
         return Fit(drawn[0])
     kind = chosen_kind(config)
@@ -127,6 +130,13 @@ def fitting_methods(kinds: Sequence[str], known: set[str] | None = None) -> list
     return found
 
 
+def stored_methods() -> list[str]:
+    """Methods that tune a generator on stored pictures."""
+    from diffalign.trainers import trainer_class as named
+
+    return [method for method in fitting_methods(STORED) if "lora" in named(method).tunes]
+
+
 def facts(records: Records | PictureRecords | None) -> set[str]:
     """What at least one record says: label, score, rank, user."""
     if isinstance(records, PictureRecords):
@@ -176,6 +186,33 @@ def check_adapters(config: RunConfig) -> None:
         )
 
 
+def check_smoothness(config: RunConfig) -> None:
+    """Refuse the regulariser where nothing can be differentiated twice, or no stored picture is noised.
+
+    Raises:
+        DiffalignError: a method that does not learn from stored pictures (those that do are listed), a compiled
+            network, or an attention kernel without a second derivative.
+    """
+    if config.smoothness is None:
+        return
+    instead = "or remove the section smoothness"
+    if config.trainer["method"] not in stored_methods():
+        raise DiffalignError(
+            f"smoothness is on, but trainer.method {config.trainer['method']} tunes no generator on stored pictures, "
+            f"which are what it noises. Use a method that does ({', '.join(stored_methods())}), {instead}."
+        )
+    if config.model.compile:
+        raise DiffalignError(
+            "smoothness is on, whose penalty is a gradient within a gradient; compiled networks have none. Set "
+            f"model.compile=false, {instead}."
+        )
+    if config.model.attention not in ("auto", "sdpa"):
+        raise DiffalignError(
+            f"smoothness is on, but attention {config.model.attention} cannot be differentiated twice. Set "
+            f"model.attention=auto, {instead}."
+        )
+
+
 def _check_kind_options(config: RunConfig, kind: str) -> None:
     """Refuse options that only pairs have, where something else is learned from."""
     if kind in ("pairs", "judgements"):
@@ -218,7 +255,8 @@ def _process(config: RunConfig) -> Process:
     from diffalign.backbones.loading import open_source
     from diffalign.backbones.schedule import scheduler_process
 
-    return scheduler_process(open_source(config.model))
+    # A generator under a head that is trained is one, too.
+    return scheduler_process(open_source(config.model.model_copy(update={"tune": "lora"})))
 
 
 def _source(config: RunConfig) -> str:

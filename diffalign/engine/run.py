@@ -33,6 +33,7 @@ from diffalign.engine.optim import (
     set_learning_rate,
 )
 from diffalign.engine.parallel import Parallel, whole
+from diffalign.engine.smoothing import Smoothing
 from diffalign.metrics import Meter
 from diffalign.randomness import Draw, batch_records, derive_seed
 
@@ -118,12 +119,13 @@ class Run:
         backbone: Trainable,
         trainer: Loss,
         curriculum: Curriculum | None = None,
+        smoothing: Smoothing | None = None,
     ):
         self.config, self.parallel = config, parallel
         self.backbone, self.trainer = backbone, trainer
         self.counters = Counters()
         self.meter = Meter()
-        self.curriculum = curriculum
+        self.curriculum, self.smoothing = curriculum, smoothing
         self.anchor: list[Tensor] | None = None
         backbone.network = parallel.prepare(backbone.network)
         self.network = backbone.network
@@ -200,9 +202,14 @@ class Run:
         # Processes average their gradients, so each contributes its share times their number.
         factor = self.parallel.world * self.scale.value / max(1, share.rows)
         for index, batch in enumerate(islice(batches, micro_steps)):
+            batch = batch.to(self.parallel.device)
+            if self.smoothing is not None:
+                # Before the loss, whose backward pass reaches every weight and so may join the processes' gradients.
+                with self.parallel.accumulating(self.network, more_to_come=True):
+                    self.smoothing.backward(batch, self.counters.step, factor)
             with self.parallel.accumulating(self.network, more_to_come=index + 1 < micro_steps):
                 with anchored(self.backbone, self.parameters, self.anchor):
-                    losses, metrics = counted(batch.draw, *self.trainer.loss(batch.to(self.parallel.device)))
+                    losses, metrics = counted(batch.draw, *self.trainer.loss(batch))
                 subtotal = losses.sum()
                 (subtotal * factor).backward()  # type: ignore[no-untyped-call]
             self.meter.add({"loss": losses, **metrics})
@@ -215,11 +222,15 @@ class Run:
         if self.average is not None:
             self.average.update(self.counters.updates)
         self.meter.commit()
+        if self.smoothing is not None:
+            self.smoothing.commit()
         self.counters.updates += 1
         self.counters.skipped_in_a_row = 0
 
     def _skip(self, overflow: bool) -> None:
         self.meter.discard()
+        if self.smoothing is not None:
+            self.smoothing.discard()
         if overflow:
             self.counters.overflows += 1
         else:
@@ -235,7 +246,8 @@ class Run:
             torch.stack([*(s.float() for s in sums), sums[0].new_tensor(rows).float()])
         )
         *totals, count = values.tolist()
-        return {name: value / count for name, value in zip(names, totals, strict=True)}
+        means = {name: value / count for name, value in zip(names, totals, strict=True)}
+        return means | (self.smoothing.metrics() if self.smoothing is not None else {})
 
     def weights(self) -> dict[str, Tensor]:
         """The trained weights whole, on the CPU; every process must call this."""
@@ -243,23 +255,22 @@ class Run:
 
     def snapshot(self) -> Checkpoint:
         """Everything a resumed run needs; every process must call this."""
-        state, scalars = optimizer_tensors(self.optimizer, self.names, self.parameters)
-        tensors = {"trainable": self.weights(), "optimizer": state}
+        moments, scalars = optimizer_tensors(self.optimizer, self.names, self.parameters)
+        tensors = {"trainable": self.weights(), "optimizer": moments}
         if self.average is not None:
             tensors["ema"] = parameter_tensors(self.names, self.average.shadow)
         if self.anchor is not None:
             tensors["reference"] = {n: whole(value) for n, value in zip(self.names, self.anchor, strict=True)}
-        counters = {**asdict(self.counters), "skipped_in_a_row": 0}
-        return Checkpoint(
-            tensors,
-            {
-                "counters": counters,
-                "seed": self.config.seed,
-                "global_batch": self.global_batch,
-                "loss_scale": self.scale.state(),
-                "optimizer_scalars": scalars,
-            },
-        )
+        state = {
+            "counters": {**asdict(self.counters), "skipped_in_a_row": 0},
+            "seed": self.config.seed,
+            "global_batch": self.global_batch,
+            "loss_scale": self.scale.state(),
+            "optimizer_scalars": scalars,
+        }
+        if self.smoothing is not None:
+            state["smoothness"] = self.smoothing.state()
+        return Checkpoint(tensors, state)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a snapshot.
@@ -281,6 +292,8 @@ class Run:
         self.counters = Counters(**{k: v for k, v in state["counters"].items() if k in known})
         if self.scale.enabled:
             self.scale = LossScale(**state["loss_scale"])
+        if self.smoothing is not None:
+            self.smoothing.restore(state["smoothness"])
 
 
 def counted(draw: Draw, losses: Tensor, metrics: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -126,7 +126,7 @@ class Session:
     ):
         self.config, self.parallel, self.parts = config, parallel, parts
         self.reporter, self.signals = reporter, StopSignals(reporter.say)
-        self.run = Run(config, parallel, parts.backbone, parts.trainer, parts.curriculum)
+        self.run = Run(config, parallel, parts.backbone, parts.trainer, parts.curriculum, parts.smoothing)
         self.latest: dict[str, float] = {}
         self.log: MetricsLog | None = None
         self.saved_step: int | None = None

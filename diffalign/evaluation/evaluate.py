@@ -19,6 +19,7 @@ from diffalign.evaluation.compare import compare
 from diffalign.evaluation.drift import Drift, Probe, drift, make_probe, predicted_noise, quadrature
 from diffalign.evaluation.history import held_out_metrics, read_history
 from diffalign.evaluation.independence import independence_warnings
+from diffalign.evaluation.latent_paths import path_effects, path_lengths
 from diffalign.evaluation.pictures import (
     Pictures,
     Progress,
@@ -30,7 +31,7 @@ from diffalign.evaluation.pictures import (
 from diffalign.evaluation.prompts import EvalPrompt, read_prompts, with_seeds
 from diffalign.evaluation.report import write_report
 from diffalign.evaluation.result import Evaluation, save_evaluation
-from diffalign.evaluation.side_effects import side_effects
+from diffalign.evaluation.side_effects import SideEffect, side_effects
 from diffalign.rewards import Spec, distinct, load_reward, place
 from diffalign.rewards.encoders import load_encoder
 from diffalign.validation import validate_section
@@ -55,6 +56,7 @@ def evaluate_run(
     checkpoint: str = "final",
     encoder: str = ENCODER,
     drift_pictures: int = DRIFT_PICTURES,
+    istd_paths: int = 0,
     device: str | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
@@ -70,6 +72,7 @@ def evaluate_run(
         checkpoint: folder of the weights inside the run, such as `final` or `checkpoints/step-000500`.
         encoder: in which diversity is measured (`diffalign.rewards.encoders`).
         drift_pictures: base pictures behind the drift; 0 leaves it out. It needs a base with the same VAE.
+        istd_paths: prompts between whose noises paths are walked for ISTD (`latent_paths`), 11 pictures each and model.
 
     Raises:
         DiffalignError: not a run, no such weights, bad prompts or rewards, or nothing to measure.
@@ -89,7 +92,7 @@ def evaluate_run(
     weights = weights_file(run, checkpoint)
     against = None if against == "base" else against
     settings = Settings(options.steps, options.guidance, options.batch_size)
-    maker = _Maker(rows, settings, device, progress, drift_pictures)
+    maker = _Maker(rows, settings, device, progress, drift_pictures, istd_paths)
     made = _both_pictures(maker, run, config, weights, against)
     comparison = compare(made.base, made.tuned, rows, scorers, progress=progress)
     evaluation = Evaluation(
@@ -99,7 +102,7 @@ def evaluate_run(
         _settings(options, seeds_per_prompt, checkpoint, against or config.model.path) | {"encoder": encoder},
         held_out_metrics(read_history(run)),
         independence_warnings(scorers, options.rewards, config.trainer) + _skip_warnings(comparison),
-        side_effects(made.base, made.tuned, rows, features, progress=progress),
+        side_effects(made.base, made.tuned, rows, features, progress=progress) | made.path_effects,
         made.drift,
     )
     save_evaluation(run, evaluation)
@@ -142,6 +145,7 @@ class _Maker:
     device: str
     progress: Progress
     drift_pictures: int
+    istd_paths: int
 
     def open(self, config: RunConfig) -> Any:
         return open_backbone(config.model, device=self.device, parts="all", resolution=config.data.resolution)
@@ -157,6 +161,16 @@ class _Maker:
             progress=self.progress,
         )
 
+    def paths(self, backbone: Any, label: str) -> torch.Tensor | None:
+        """Steps of pictures on paths between noises; None when they are not asked for."""
+        if not self.istd_paths:
+            return None
+        return path_lengths(backbone, self.walked, self.settings, label, self.progress)
+
+    @property
+    def walked(self) -> list[EvalPrompt]:
+        return spread(self.rows, self.istd_paths)
+
     def predict(self, backbone: Any, probe: Probe) -> torch.Tensor:
         self.progress("drift", 0, 1)
         found = predicted_noise(backbone, probe, self.settings.batch_size)
@@ -166,18 +180,20 @@ class _Maker:
 
 @dataclass(frozen=True)
 class _Made:
-    """Pictures of both models, and how far apart their predictions are (None when not measured)."""
+    """Pictures of both models, how far apart their predictions are (None when not measured), and ISTD by name."""
 
     base: Pictures
     tuned: Pictures
     drift: Drift | None
+    path_effects: dict[str, SideEffect]
 
 
 @dataclass(frozen=True)
 class _Before:
-    """The base: its pictures, and what it predicts for the probe."""
+    """The base: its pictures, what it predicts for the probe, and the steps of its paths."""
 
     pictures: Pictures
+    paths: torch.Tensor | None = None
     probe: Probe | None = None
     predicted: torch.Tensor | None = None
 
@@ -194,7 +210,9 @@ def _both_pictures(maker: _Maker, run: Path, config: RunConfig, weights: Path, a
     backbone.load_trainable_state(load_file(weights))
     fingerprint = _fingerprint(backbone, config.model, False)
     tuned = maker.make(backbone, run / "evaluation" / "pictures", fingerprint, "tuned pictures")
-    return _Made(before.pictures, tuned, _drift(maker, backbone, before))
+    paths = maker.paths(backbone, "tuned paths")
+    effects = {} if before.paths is None or paths is None else path_effects(before.paths, paths, maker.walked)
+    return _Made(before.pictures, tuned, _drift(maker, backbone, before), effects)
 
 
 def _drift(maker: _Maker, backbone: Any, before: _Before) -> Drift | None:
@@ -205,20 +223,25 @@ def _drift(maker: _Maker, backbone: Any, before: _Before) -> Drift | None:
 
 
 def _probed(maker: _Maker) -> list[EvalPrompt]:
-    """Prompts of the drift: evenly spread, so that every category takes part."""
-    step = -(-len(maker.rows) // maker.drift_pictures)
-    return maker.rows[::step]
+    """Prompts of the drift."""
+    return spread(maker.rows, maker.drift_pictures)
+
+
+def spread(rows: list[EvalPrompt], most: int) -> list[EvalPrompt]:
+    """At most so many prompts, evenly spread, so that every category takes part."""
+    return rows[:: -(-len(rows) // most)]
 
 
 def _with_probe(maker: _Maker, backbone: Any, pictures: Pictures) -> _Before:
-    """Ask the base, as it stands, what it predicts for its own noised pictures."""
+    """Ask the base, as it stands, what it predicts for its own noised pictures, and walk its paths."""
+    paths = maker.paths(backbone, "base paths")
     if maker.drift_pictures == 0:
-        return _Before(pictures)
+        return _Before(pictures, paths)
     rows = _probed(maker)
     chosen = Pictures([pictures.paths[maker.rows.index(row)] for row in rows])
     times, _ = quadrature(backbone.process)
     probe = make_probe(backbone, chosen, rows, times, maker.settings.batch_size)
-    return _Before(pictures, probe, maker.predict(backbone, probe))
+    return _Before(pictures, paths, probe, maker.predict(backbone, probe))
 
 
 def _untuned_pictures(maker: _Maker, backbone: Any, model: ModelConfig, folder: Path) -> _Before:
@@ -241,12 +264,15 @@ def _other_pictures(maker: _Maker, config: RunConfig, against: str, folder: Path
         backbone.load_trainable_state(load_file(weights))
         pictures = maker.make(backbone, folder, _fingerprint(backbone, other.model, False), "base pictures")
         same = (other.model.path, other.model.vae) == (config.model.path, config.model.vae)
-        before = _with_probe(maker, backbone, pictures) if same else _Before(pictures)
+        if same:
+            before = _with_probe(maker, backbone, pictures)
+        else:
+            before = _Before(pictures, maker.paths(backbone, "base paths"))
     else:
         model = ModelConfig(path=against, precision=config.model.precision, attention=config.model.attention)
         backbone = maker.open(config.model_copy(update={"model": model}))
         found = _untuned_pictures(maker, backbone, model, folder)
-        before = found if model.path == config.model.path else _Before(found.pictures)
+        before = found if model.path == config.model.path else _Before(found.pictures, found.paths)
     del backbone
     gc.collect()
     if torch.cuda.is_available():

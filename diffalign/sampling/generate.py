@@ -27,6 +27,7 @@ def generate_images(
     batch_size: int = 8,
     resolution: tuple[int, int] | None = None,
     progress: Callable[[int], None] | None = None,
+    noises: Tensor | None = None,
 ) -> Tensor:
     """Generate one picture per prompt and seed: `[N, 3, H, W]` in [0, 1], float32, on the CPU.
 
@@ -41,6 +42,7 @@ def generate_images(
             dev) is told this one, and SD-Turbo and SDXL-Turbo want 0.
         resolution: `(height, width)` in pixels; None is the backbone's, or the pipeline's own.
         progress: called after every batch with the number of pictures done.
+        noises: `[N, C, h, w]` that a backbone's pictures start from instead of those of the seeds, standard normal.
 
     Raises:
         DiffalignError: numbers of prompts and seeds differ, or there are none; a consistency model has no such number
@@ -61,8 +63,9 @@ def generate_images(
         for start in range(0, len(prompts), batch_size):
             rows = slice(start, start + batch_size)
             sources = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[rows]]
-            if isinstance(model, Backbone) and changes_noise(model):
-                options["latents"] = _changed_noise(model, prompts[rows], sources, steps, guidance, size)
+            if isinstance(model, Backbone) and (noises is not None or changes_noise(model)):
+                given = None if noises is None else noises[rows]
+                options["latents"] = _initial(model, prompts[rows], sources, steps, guidance, size, given)
             batches.append(_batch(pipeline, prompts[rows], sources, steps, guidance, options))
             if progress is not None:
                 progress(min(start + batch_size, len(prompts)))
@@ -96,20 +99,23 @@ def _batch(
     return images.float().cpu()
 
 
-def _changed_noise(
+def _initial(
     model: Backbone,
     prompts: Sequence[str],
     generators: Sequence[torch.Generator],
     steps: int,
     guidance: float,
     size: dict[str, int],
+    given: Tensor | None,
 ) -> Tensor:
-    """The pipeline's `latents`: drawn from the generators as the pipeline does it, and changed by the adapters."""
-    dtype = noise_dtype(model)
-    shape = (1, model.latent_shape[0], size["height"] // model.factor, size["width"] // model.factor)
-    noise = torch.cat([torch.randn(shape, generator=source, dtype=dtype) for source in generators])
-    changed = adapted(model, noise.float(), tell(model, prompts, guidance), steps)
-    return pipeline_latents(changed.to(model.device, dtype), model.family)
+    """The pipeline's `latents`: given or drawn from the generators as the pipeline does it, changed by adapters."""
+    dtype, noise = noise_dtype(model), given
+    if noise is None:
+        shape = (1, model.latent_shape[0], size["height"] // model.factor, size["width"] // model.factor)
+        noise = torch.cat([torch.randn(shape, generator=source, dtype=dtype) for source in generators])
+    if changes_noise(model):
+        noise = adapted(model, noise.float(), tell(model, prompts, guidance), steps)
+    return pipeline_latents(noise.to(model.device, dtype), model.family)
 
 
 @contextmanager

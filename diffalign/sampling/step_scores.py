@@ -25,6 +25,25 @@ class StepReward(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsGenerator(Protocol):
+    """A scorer that reads latents with a generator's own network."""
+
+    def attach(self, backbone: Backbone) -> None:
+        """Read with this one from here on; DiffalignError if it cannot."""
+        ...
+
+
+def attach(reward: object, backbone: Backbone) -> None:
+    """Let a scorer that reads latents with a generator's network use this one instead of a copy.
+
+    Raises:
+        DiffalignError: it is not the generator that the scorer was trained on.
+    """
+    if isinstance(reward, ReadsGenerator):
+        reward.attach(backbone)
+
+
 def step_aware(reward: StepReward, prompts: Sequence[str]) -> StepScore:
     """A step-aware reward for the prompts of a rollout."""
 

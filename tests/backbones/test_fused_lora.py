@@ -111,3 +111,14 @@ def test_a_copy_of_a_network_uses_its_own_weights(tiny_sd):
     assert torch.equal(output(backbone), expected)
     inputs = torch.ones(1, *backbone.latent_shape), torch.tensor([1]), torch.ones(1, 16, 16)
     assert (twin(*inputs, return_dict=False)[0] == 0).all()
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_gradients_can_be_differentiated_again(with_bias):
+    torch.manual_seed(0)
+    x, a, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 5), (2, 5), (4, 2)))
+    weight = torch.randn(4, 5, dtype=torch.float64)
+    bias = torch.randn(4, dtype=torch.float64) if with_bias else None
+    assert torch.autograd.gradgradcheck(
+        lambda x, a, b: _AdaptedLinear.apply(x, weight, bias, a, b, 0.7), (x, a, b)
+    )

@@ -36,7 +36,7 @@ def test_every_row_is_a_valid_run(group, row):
         assert (config.generation.steps, config.generation.guidance) == (8, 4)
         gradient = METHODS[options.method].kind in ("gradient", "hybrid")
         # A gradient method makes a third as many pictures, each with a backward pass of twice the cost.
-        if options.method == "universal_guidance":
+        if options.method in ("universal_guidance", "noisy_reward"):
             assert config.budget.evaluations == 10 * COST
         elif gradient:
             assert (config.budget.evaluations, options.iterations) == (None, 10)

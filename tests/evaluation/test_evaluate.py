@@ -81,6 +81,7 @@ def test_run_is_compared_with_its_base_and_everything_is_written(run: Path, gene
     assert {"report.html", "comparison.png"} <= {p.name for p in run.iterdir()}
     assert data["drift"]["kl"] > 0
     assert (data["drift"]["pictures"], data["drift"]["times"]) == (6, 8)
+    # Paths cost eleven pictures each and are walked only when they are asked for.
     effects = ["sharpness", "saturation", "diversity over seeds", "diversity over prompts"]
     assert list(data["side_effects"]) == effects
 
@@ -128,9 +129,12 @@ def test_scorers_from_mappings_and_warnings(run: Path) -> None:
         text.replace("method: dpo", "method: dpo\n  reward: {reward: guarded, of: saturation}")
     )
     rewards = [{"reward": "guarded", "of": "grey_rewards:brightness", "on_error": "skip"}, "saturation"]
-    evaluation = evaluate_run(run, rewards=rewards, drift_pictures=0)
+    evaluation = evaluate_run(run, rewards=rewards, drift_pictures=0, istd_paths=2)
     assert list(evaluation.comparison.metrics) == ["brightness", "saturation"]
     assert evaluation.drift is None
+    assert evaluation.side_effects["ISTD"].n == 2
+    assert evaluation.side_effects["ISTD"].difference != 0
+    assert "path step" in (run / "report.html").read_text()
     [warning] = evaluation.warnings
     assert warning.startswith("saturation is what this run was trained on")
     assert json.loads((run / "evaluation.json").read_text())["warnings"] == [warning]

@@ -347,9 +347,9 @@ def test_bad_options_are_refused(world, tmp_path, override, message):
 
 
 def test_a_folder_that_holds_no_reward(tmp_path):
-    with pytest.raises(DiffalignError, match="holds no finished reward model"):
+    with pytest.raises(DiffalignError, match="holds no run; expected a finished run"):
         TrainedReward(str(tmp_path))
-    with pytest.raises(DiffalignError, match="holds no finished reward model"):
+    with pytest.raises(DiffalignError, match="is no folder; expected a finished run"):
         load_reward({"reward": "trained", "path": "nowhere"})
 
 

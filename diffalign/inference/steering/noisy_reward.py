@@ -26,7 +26,7 @@ from diffalign.inference.steering.guidance import Guided, Pull, Push
 from diffalign.inference.steering.walk import Walk, Window, network
 from diffalign.inference.trace import Trace
 from diffalign.rewards import load_reward, place
-from diffalign.sampling.step_scores import StepReward
+from diffalign.sampling.step_scores import StepReward, attach
 from diffalign.strict import StrictModel
 
 
@@ -36,8 +36,8 @@ class NoisyRewardConfig(StrictModel):
     method: Literal["noisy_reward"] = "noisy_reward"
     """A reward of noisy latents moves every step."""
     scorer: str | dict[str, Any] | None = None
-    """What judges noisy latents: `module:Name` of a reward with `score_step(latents, times, prompts)` that has
-    gradients; null: the reward of the run, if it has that."""
+    """What judges noisy latents: a run of `trainer.method: latent_reward`, `scenes-latent`, or `module:Name` of a
+    reward with `score_step(latents, times, prompts)` that has gradients; null: the run's own reward, if it is one."""
     strength: float = Field(default=100.0, ge=0)
     """w; 100 in the paper, for its rewards. 0 is plain sampling."""
     clip: float | None = Field(default=0.3, gt=0)
@@ -72,11 +72,13 @@ class NoisyReward:
         spec = self.config.scorer
         found: Any = objective.reward if spec is None else load_reward(spec)
         if isinstance(found, StepReward):
+            attach(found, generation.backbone)
             return place(found, generation.backbone.device)  # type: ignore[arg-type, return-value]
         raise DiffalignError(
             f"method noisy_reward needs a reward of noisy latents, but {found.name!r} has no method "
-            "`score_step(latents, times, prompts)`. Set method.scorer to one that has, or take "
-            "method=universal_guidance, which guides by rewards of pictures."
+            "`score_step(latents, times, prompts)`. Set method.scorer to one that has (a run of `diffalign train "
+            "scenes/latent_reward`, or scenes-latent for scenes:tiny-sdxl), or take method=universal_guidance, which "
+            "guides by rewards of pictures."
         )
 
 

@@ -1,4 +1,4 @@
-"""Smooth latent spaces: a regulariser for training, and how unevenly pictures change along a path between noises.
+"""Smooth latent spaces: how much pictures change with the noise they are made from, in training and along a path.
 
 Guo et al. 2024 (Smooth Diffusion, CVPR), arXiv 2312.04410. Training adds `(|J^T delta| - a)^2`: J is the Jacobian of
 the predicted clean latent by the noise at one step, delta a random direction and a the running mean, so that a change
@@ -12,8 +12,6 @@ import math
 
 import torch
 from torch import Tensor
-
-from diffalign.process import expand_as
 
 
 def step_variation(clean: Tensor, noise: Tensor, delta: Tensor, sigma: Tensor) -> Tensor:
@@ -30,43 +28,21 @@ def step_variation(clean: Tensor, noise: Tensor, delta: Tensor, sigma: Tensor) -
     Raises:
         RuntimeError: `clean` was not computed from `noise`.
     """
-    scale = sigma / math.sqrt(clean[0].numel())
-    direction = delta * expand_as(scale, clean).to(delta)
-    (jacobian,) = torch.autograd.grad((clean * direction).sum(), noise, create_graph=True)
+    (jacobian,) = torch.autograd.grad((clean * delta.to(clean)).sum(), noise, create_graph=True)
     square = jacobian.flatten(1).float().square().sum(1)
     # The root of 0 has no gradient; a sample whose output does not move is flat and pulls at nothing.
-    return torch.where(square > 0, square.clamp(min=torch.finfo(square.dtype).tiny).sqrt(), 0.0)
+    length = torch.where(square > 0, square.clamp(min=torch.finfo(square.dtype).tiny).sqrt(), 0.0)
+    # Lengths are scaled, not the direction, whose numbers would be lost in half precision.
+    return length * sigma.to(length) / math.sqrt(clean[0].numel())
 
 
-class Smoothness:
-    """The running mean of variations, and the penalty around it; a trainer adds `weight * penalty` to its loss.
+def running_mean(mean: Tensor, found: Tensor, decay: float, steps: Tensor) -> Tensor:
+    """`a + decay (v - a) / (1 - (1 - decay)^(n + 1))`, the mean `[]` of n = `steps` past steps and the one found.
 
-    Args:
-        decay: share of a step's mean that the running mean takes in; the release's is 0.01. It starts at 0 there, and
-            here, so that early penalties are large.
+    The correction of Adam (Kingma and Ba 2015, section 3): the first steps count alike. Without it, as in the release,
+    a starts at 0, and for 1 / decay steps the penalty pulls all variation down more than it evens it out.
     """
-
-    def __init__(self, decay: float = 0.01) -> None:
-        self.decay = decay
-        self.mean = torch.zeros(())
-
-    def penalty(self, variation: Tensor) -> Tensor:
-        """`(v - a)^2` per sample `[B]`, with a moved towards the batch's mean first, as in the release.
-
-        The part of v in a takes part in the gradient of this step; afterwards a is a number.
-        """
-        before = self.mean.to(variation)
-        mean = before + self.decay * (variation.mean() - before)
-        self.mean = mean.detach()
-        return (variation - mean).square()
-
-    def state(self) -> dict[str, Tensor]:
-        """The running mean, which a checkpoint needs: the release loses it on a resume."""
-        return {"mean": self.mean.clone()}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state` gave."""
-        self.mean = state["mean"].clone()
+    return mean + decay * (found - mean) / (1 - (1 - decay) ** (steps + 1))
 
 
 def slerp(first: Tensor, second: Tensor, ratio: float) -> Tensor:
@@ -95,5 +71,9 @@ def istd(pictures: Tensor) -> Tensor:
     Args:
         pictures: `[P, K, C, H, W]` in [0, 1], K > 1 along each path.
     """
-    distances = (pictures[:, 1:] - pictures[:, :-1]).flatten(2).float().norm(dim=2)
-    return distances.std(1, correction=0)
+    return step_lengths(pictures).std(1, correction=0)
+
+
+def step_lengths(pictures: Tensor) -> Tensor:
+    """L2 distances `[P, K - 1]` between neighbours along each path; pictures `[P, K, C, H, W]` in [0, 1]."""
+    return (pictures[:, 1:] - pictures[:, :-1]).flatten(2).float().norm(dim=2)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from diffalign.inference.smoothness import Smoothness, istd, slerp, step_variation
+from diffalign.smoothness import istd, running_mean, slerp, step_lengths, step_variation
 
 
 def test_variation_of_a_linear_map_by_hand():
@@ -55,33 +55,20 @@ def test_a_flat_output_has_no_variation_and_a_finite_gradient():
     assert weight.grad.isfinite().all()
 
 
-def test_running_mean_and_penalty_by_hand():
-    """decay 0.1 from 0: variations 2 and 4 move the mean to 0.3; penalties 1.7^2 and 3.7^2. Again: 0.57."""
-    smooth = Smoothness(decay=0.1)
-    penalties = smooth.penalty(torch.tensor([2.0, 4.0]))
-    torch.testing.assert_close(penalties, torch.tensor([2.89, 13.69]))
-    assert smooth.mean.item() == pytest.approx(0.3)
-    smooth.penalty(torch.tensor([3.0, 3.0]))
-    assert smooth.mean.item() == pytest.approx(0.57)
-    assert not smooth.mean.requires_grad
+def test_half_precision_does_not_lose_small_noise_levels():
+    """x0 = 3 e with sigma = 1e-6 in fp16: 3 |d| 1e-6 / sqrt n, though sigma d / sqrt n is below fp16's numbers."""
+    noise = torch.zeros(1, 4, dtype=torch.float16, requires_grad=True)
+    found = step_variation(3 * noise, noise, torch.ones(1, 4), torch.tensor([1e-6]))
+    assert found.item() == pytest.approx(3e-6, rel=1e-3)
 
 
-def test_gradient_passes_the_mean_of_the_step_only():
-    """(v - (a + c (v - a)))^2 at v = 2, a = 1, c = 0.1: 2 * 0.9 * 0.9 = 1.62."""
-    smooth = Smoothness(decay=0.1)
-    smooth.mean = torch.tensor(1.0)
-    variation = torch.tensor([2.0], requires_grad=True)
-    smooth.penalty(variation).sum().backward()
-    assert variation.grad.item() == pytest.approx(1.62)
-
-
-def test_resume_keeps_the_running_mean():
-    first, second = Smoothness(), Smoothness()
-    first.penalty(torch.tensor([5.0]))
-    state = first.state()
-    second.restore(state)
-    assert torch.equal(first.penalty(torch.tensor([1.0])), second.penalty(torch.tensor([1.0])))
-    assert state["mean"].item() == pytest.approx(0.05)
+def test_running_mean_by_hand():
+    """The first step is the mean; of two at decay 0.5 the newer one counts 0.5 / 0.75; of many 0.5."""
+    first = running_mean(torch.tensor(7.0), torch.tensor(3.0), 0.5, torch.tensor(0.0))
+    assert first.item() == 3
+    second = running_mean(first, torch.tensor(6.0), 0.5, torch.tensor(1.0))
+    assert second.item() == pytest.approx(5)
+    assert running_mean(second, torch.tensor(3.0), 0.5, torch.tensor(99.0)).item() == pytest.approx(4)
 
 
 def test_slerp_by_hand():
@@ -104,6 +91,9 @@ def test_istd_by_hand():
     """Steps of .01, .01 and .04 on 3 x 2 x 2 values: distances sqrt 12 of these, whose deviation is .01 sqrt 2."""
     levels = torch.tensor([0.0, 0.01, 0.02, 0.06])
     pictures = levels.view(1, 4, 1, 1, 1).expand(1, 4, 3, 2, 2)
+    assert step_lengths(pictures)[0].tolist() == pytest.approx(
+        [math.sqrt(12) * d for d in (0.01, 0.01, 0.04)]
+    )
     assert istd(pictures).item() == pytest.approx(math.sqrt(12) * 0.01 * math.sqrt(2), rel=1e-4)
     even = torch.linspace(0, 1, 5).view(1, 5, 1, 1, 1).expand(2, 5, 3, 2, 2)
     assert istd(even).tolist() == pytest.approx([0, 0], abs=1e-6)
