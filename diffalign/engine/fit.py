@@ -150,14 +150,20 @@ def check_options(config: RunConfig) -> None:
     """Refuse options that mean nothing for this model's process.
 
     Raises:
-        DiffalignError: an option of flow models with a model that is none.
+        DiffalignError: an option or a sampling kernel of flow models with a model that is none, or the other way round.
     """
     options = trainer_config(config)
     weighting = getattr(options, "time_weighting", "uniform")
     beta = getattr(options, "beta_weighting", "constant")
-    if weighting == "uniform" and beta == "constant":
+    drawing = getattr(options, "sampling", None) or getattr(options, "rollouts", None)
+    kernel = getattr(drawing, "kernel", None)
+    if weighting == "uniform" and beta == "constant" and kernel is None:
         return
     process = _process(config)
+    if kernel is not None:
+        from diffalign.sampling.transition import Kernel
+
+        Kernel(kernel).check(process)
     if weighting == "logit_normal" and not process.is_flow:
         raise DiffalignError(
             f"trainer.time_weighting is logit_normal, which is for flow models; {config.model.path} has "

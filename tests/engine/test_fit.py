@@ -149,6 +149,21 @@ def test_options_of_flow_models_are_refused_on_others(tiny_sd: Path, tiny_sd_v: 
     )
 
 
+@pytest.mark.parametrize(
+    ("method", "section"), [("policy_gradient", "sampling"), ("step_preference", "rollouts")]
+)
+def test_kernels_of_other_processes_are_refused(
+    method: str, section: str, tiny_sd: Path, tiny_sd3: Path
+) -> None:
+    def drawn(path: Path, kernel: str) -> RunConfig:
+        options = {f"trainer__{section}": {"kernel": kernel}, "trainer__reward": "brightness"}
+        return recipe(method, path=str(path), **options)
+
+    assert "kernel is flow_sde, but the model is not a flow" in refused(drawn(tiny_sd, "flow_sde"))
+    assert "kernel is lcm, but the model is a flow" in refused(drawn(tiny_sd3, "lcm"))
+    assert check_fit(drawn(tiny_sd3, "flow_sde")).kind == check_fit(drawn(tiny_sd, "ddim")).kind
+
+
 def test_every_method_takes_something_and_is_found_by_it() -> None:
     for method in TRAINERS:
         kinds = kinds_of(trainer_class(method))
