@@ -61,20 +61,11 @@ class Group:
 
 def with_gradients(method: str, **options: object) -> dict[str, object]:
     """A gradient method whose forward and backward passes cost what the budget is: 1 + 2 evaluations a step."""
-    each = 3 * COST
-    named = {f"method.{name}": value for name, value in options.items()}
+    pictures = EVALUATIONS // (3 * COST)
+    limit: dict[str, object] = {"budget.evaluations": None, "method.iterations": pictures}
     if method in ("universal_guidance", "noisy_reward"):
-        return {
-            "method.method": method,
-            "budget.evaluations": EVALUATIONS // each * COST,
-            **named,
-        }
-    return {
-        "method.method": method,
-        "budget.evaluations": None,
-        "method.iterations": EVALUATIONS // each,
-        **named,
-    }
+        limit = {"budget.evaluations": pictures * COST}
+    return {**without_gradients(method, **options), **limit}
 
 
 def without_gradients(method: str, **options: object) -> dict[str, object]:

@@ -12,18 +12,21 @@ from diffalign.cli_options import Guidance, Rows, Steps
 data = typer.Typer(no_args_is_help=True, help="Look at preference data, and make it.")
 
 
+Split = Annotated[str, typer.Option(help="Split of the source.")]
+Format = Annotated[str, typer.Option(help="A format of data.format; auto: by files and columns.")]
+Ranked = Annotated[
+    Literal["all", "best_worst", "adjacent"], typer.Option(help="Which pairs a ranking gives.")
+]
+
+
 @data.command("validate")
 def data_validate(
     source: Annotated[str, typer.Argument(help="File, folder, hub id, or scenes:preferences.")],
-    split: Annotated[str, typer.Option(help="Split of the source.")] = "train",
+    split: Split = "train",
     held_out: Annotated[str | None, typer.Option(help="Held-out source, to look for shared prompts.")] = None,
     held_out_split: Annotated[str, typer.Option(help="Split of the held-out source.")] = "validation",
-    format: Annotated[
-        str, typer.Option(help="A format of data.format; auto: by files and columns.")
-    ] = "auto",
-    pairs: Annotated[
-        Literal["all", "best_worst", "adjacent"], typer.Option(help="Which pairs a ranking gives.")
-    ] = "all",
+    format: Format = "auto",
+    pairs: Ranked = "all",
     limit: Annotated[int | None, typer.Option(min=1, help="Look at the first so many records.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> int:
@@ -64,13 +67,9 @@ def data_relabel(
     ] = "members",
     temperature: Annotated[str, typer.Option(help="Of margins: fit, or a number.")] = "fit",
     label_noise: Annotated[str, typer.Option(help="Share of labels that are wrong: fit, or a rate.")] = "fit",
-    split: Annotated[str, typer.Option(help="Split of the source.")] = "train",
-    format: Annotated[
-        str, typer.Option(help="A format of data.format; auto: by files and columns.")
-    ] = "auto",
-    pairs: Annotated[
-        Literal["all", "best_worst", "adjacent"], typer.Option(help="Which pairs a ranking gives.")
-    ] = "all",
+    split: Split = "train",
+    format: Format = "auto",
+    pairs: Ranked = "all",
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many records.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures scored at once.")] = 16,
     on_error: Annotated[
@@ -170,13 +169,9 @@ def data_caption(
         Literal["weak", "medium", "strong"] | None,
         typer.Option(help="Exchange words of the rejected picture's caption."),
     ] = None,
-    split: Annotated[str, typer.Option(help="Split of the source.")] = "train",
-    format: Annotated[
-        str, typer.Option(help="A format of data.format; auto: by files and columns.")
-    ] = "auto",
-    pairs: Annotated[
-        Literal["all", "best_worst", "adjacent"], typer.Option(help="Which pairs a ranking gives.")
-    ] = "all",
+    split: Split = "train",
+    format: Format = "auto",
+    pairs: Ranked = "all",
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many records.")] = None,
 ) -> None:
     """Write a caption for every picture of pairs, so that each is told what it shows (DCPO)."""

@@ -70,6 +70,11 @@ def climb(
         _step(noise, optimizer, look.rewards, trace, iteration, clip)
 
 
+def nesterov(noise: Tensor, lr: float, momentum: float) -> torch.optim.Optimizer:
+    """SGD of a noise with Nesterov momentum; plain SGD for momentum 0."""
+    return torch.optim.SGD([noise], lr=lr, momentum=momentum, nesterov=momentum > 0)
+
+
 def clipped(gradient: Tensor, most: float) -> Tensor:
     """Gradients `[B, ...]`, each row scaled to a norm of at most `most`, as `clip_grad_norm_` does with one."""
     norms = gradient.flatten(1).norm(dim=1)

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffalign.inference.ascent import Look, climb
+from diffalign.inference.ascent import Look, climb, nesterov
 from diffalign.inference.hybrid import Around, extra_cost, probed_direction
 from diffalign.inference.problem import Problem
 from diffalign.inference.regularisers import concentration_penalty
@@ -135,6 +135,4 @@ class DNO:
         options = self.config
         if options.optimizer == "adamw":
             return torch.optim.AdamW([noise], lr=options.lr, weight_decay=options.weight_decay)
-        return torch.optim.SGD(
-            [noise], lr=options.lr, momentum=options.momentum, nesterov=options.momentum > 0
-        )
+        return nesterov(noise, options.lr, options.momentum)

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffalign.inference.ascent import Look, climb
+from diffalign.inference.ascent import Look, climb, nesterov
 from diffalign.inference.problem import Problem
 from diffalign.inference.regularisers import norm_penalty
 from diffalign.inference.trace import Trace
@@ -79,9 +79,7 @@ class Reno:
         options = self.config
         if options.optimizer == "adam":
             return torch.optim.Adam([noise], lr=options.lr, eps=1e-2)
-        return torch.optim.SGD(
-            [noise], lr=options.lr, momentum=options.momentum, nesterov=options.momentum > 0
-        )
+        return nesterov(noise, options.lr, options.momentum)
 
 
 def penalty(noise: Tensor, dims: int = 3) -> Tensor:
