@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -232,7 +232,7 @@ def show_result(run: Path, evaluation: Any) -> None:
 
     for warning in evaluation.warnings:
         console.print(f"[bold yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
-    console.print(comparison_table(evaluation.comparison))
+    console.print(comparison_table(evaluation.comparison, evaluation.sets))
     say(verdict(evaluation.comparison))
     for line in (*lost_prompts(evaluation), *side_effect_lines(evaluation)):
         say(line)
@@ -240,8 +240,8 @@ def show_result(run: Path, evaluation: Any) -> None:
         say(f"{label}: {run / name}")
 
 
-def comparison_table(comparison: Any) -> Table:
-    """Base against tuned, per metric and per category of the main metric."""
+def comparison_table(comparison: Any, sets: Mapping[str, Any] | None = None) -> Table:
+    """Base against tuned, per metric and per category of the main metric; at the end the rewards of whole sets."""
     from diffalign.evaluation.wording import amount, change, interval
 
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)  # eighty columns hold no lines between
@@ -263,6 +263,10 @@ def comparison_table(comparison: Any) -> Table:
     main = comparison.main.name
     for category, metrics in comparison.categories.items():
         row(f"  {category}", metrics[main])
+    for name, one in (sets or {}).items():
+        low, high = one.interval
+        values = f"{one.base:.4g}", f"{one.tuned:.4g}", f"{one.difference:+.3g}", f"{low:+.3g} to {high:+.3g}"
+        table.add_row(f"{name} (set)", *values, "", str(one.n))
     return table
 
 

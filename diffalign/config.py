@@ -250,7 +250,8 @@ class EvaluationConfig(StrictModel):
     """Pictures generated at once."""
     rewards: list[str | dict[str, Any]] = Field(default_factory=list)
     """Scorers applied to the pictures, the first being the main one: names, `name@PATH`, `module:Name`, files, or
-    mappings with the key `reward`. Each costs a pass over all pictures."""
+    mappings with the key `reward`. Each costs a pass over all pictures. Rewards of whole sets (`vendi`, `frechet`) are
+    measured by `diffalign evaluate` on all pictures at once, not while training is watched."""
     seed: int = Field(default=0, ge=0)
     """First seed of the pictures; base and tuned model use the same ones."""
     best_metric: str = "held_out/implicit_accuracy"

@@ -278,7 +278,7 @@ def picture_prompts(config: RunConfig) -> list[Any]:
 
 
 def _monitor(config: RunConfig, trainer: Any, reporter: Reporter) -> Any:
-    """The watch for over-optimisation, when the recipe names prompts and rewards."""
+    """The watch for over-optimisation, when the recipe names prompts and rewards of single pictures."""
     options, backbone = config.evaluation, trainer.backbone
     if options.prompts is None or not options.rewards or not options.monitor.num_prompts:
         return None
@@ -287,7 +287,10 @@ def _monitor(config: RunConfig, trainer: Any, reporter: Reporter) -> Any:
     from diffalign.evaluation.prompts import read_prompts, with_seeds
     from diffalign.rewards import distinct, load_reward, place
 
-    rewards = distinct([place(load_reward(spec), backbone.device) for spec in options.rewards])
+    loaded = (load_reward(spec) for spec in options.rewards)
+    rewards = distinct([place(reward, backbone.device) for reward in loaded if reward.kind == "sample"])
+    if not rewards:
+        return None
     prompts = with_seeds(read_prompts(options.prompts, options.monitor.num_prompts), options.seed)
     settings = Settings(options.steps, options.guidance, options.batch_size)
     gold, proxies = options.monitor.gold, optimised(config, trainer)

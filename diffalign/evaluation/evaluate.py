@@ -31,6 +31,7 @@ from diffalign.evaluation.pictures import (
 from diffalign.evaluation.prompts import EvalPrompt, read_prompts, with_seeds
 from diffalign.evaluation.report import write_report
 from diffalign.evaluation.result import Evaluation, save_evaluation
+from diffalign.evaluation.set_metrics import measure_sets
 from diffalign.evaluation.side_effects import SideEffect, side_effects
 from diffalign.rewards import Spec, distinct, load_reward, place
 from diffalign.rewards.encoders import load_encoder
@@ -68,7 +69,8 @@ def evaluate_run(
 
     Args:
         against: another run folder, a hub id or a model folder; None or `base`: the untuned model of the run.
-        rewards: specifications of scorers, the first being the main one.
+        rewards: specifications of scorers, the first of single pictures being the main one; those of whole sets are
+            measured on all pictures at once.
         checkpoint: folder of the weights inside the run, such as `final` or `checkpoints/step-000500`.
         encoder: in which diversity is measured (`diffalign.rewards.encoders`).
         drift_pictures: base pictures behind the drift; 0 leaves it out. It needs a base with the same VAE.
@@ -86,6 +88,12 @@ def evaluate_run(
     )  # fmt: skip
     device = _device(device)
     scorers = distinct([place(load_reward(spec), device) for spec in options.rewards])
+    samples = [scorer for scorer in scorers if scorer.kind == "sample"]
+    if not samples:
+        raise DiffalignError(
+            f"{', '.join(scorer.name for scorer in scorers)} judges whole sets of pictures only; expected at least one "
+            "reward of single pictures beside it, such as scenes-judge or clip"
+        )
     features: Any = load_encoder(encoder)
     place(features, device)
     rows = with_seeds(read_prompts(str(options.prompts), options.num_prompts), options.seed, seeds_per_prompt)
@@ -94,7 +102,8 @@ def evaluate_run(
     settings = Settings(options.steps, options.guidance, options.batch_size)
     maker = _Maker(rows, settings, device, progress, drift_pictures, istd_paths)
     made = _both_pictures(maker, run, config, weights, against)
-    comparison = compare(made.base, made.tuned, rows, scorers, progress=progress)
+    comparison = compare(made.base, made.tuned, rows, samples, progress=progress)
+    whole = [scorer for scorer in scorers if scorer.kind == "set"]
     evaluation = Evaluation(
         comparison,
         made.base,
@@ -104,6 +113,7 @@ def evaluate_run(
         independence_warnings(scorers, options.rewards, config.trainer) + _skip_warnings(comparison),
         side_effects(made.base, made.tuned, rows, features, progress=progress) | made.path_effects,
         made.drift,
+        measure_sets(made.base, made.tuned, rows, whole, progress=progress),
     )
     save_evaluation(run, evaluation)
     write_report(run, evaluation)

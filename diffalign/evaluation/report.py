@@ -25,7 +25,14 @@ from diffalign.evaluation.history import (
     series,
 )
 from diffalign.evaluation.result import Evaluation, implicit_summary, write_text
-from diffalign.evaluation.sections import Panel, data_uri, galleries, lost_section, result_section
+from diffalign.evaluation.sections import (
+    Panel,
+    data_uri,
+    galleries,
+    lost_section,
+    result_section,
+    sets_section,
+)
 from diffalign.evaluation.sections import side_effects_section as side_section
 from diffalign.versions import versions
 
@@ -61,6 +68,7 @@ def write_report(run_folder: str | Path, evaluation: Evaluation | None = None) -
         warnings=evaluation.warnings if evaluation else [],
         result=result_section(evaluation.comparison) if evaluation else None,
         implicit=implicit_summary(held_out),
+        sets=sets_section(evaluation) if evaluation else [],
         side_effects=side_section(evaluation) if evaluation else None,
         lost=lost_section(evaluation) if evaluation else None,
         galleries=galleries(evaluation) if evaluation else [],

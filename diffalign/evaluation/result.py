@@ -12,6 +12,7 @@ from diffalign.evaluation.drift import Drift
 from diffalign.evaluation.examples import as_rows, random_rows
 from diffalign.evaluation.grids import comparison_grid
 from diffalign.evaluation.lost import Lost, find_lost
+from diffalign.evaluation.set_metrics import SetMetric
 from diffalign.evaluation.side_effects import SideEffect
 
 
@@ -20,7 +21,7 @@ class Evaluation:
     """An evaluated run: the comparison, its pictures, how they were made, the last held-out measurements.
 
     Fields:
-        warnings: what a reader must know before believing the numbers. side_effects: by name.
+        warnings: what a reader must know before believing the numbers. side_effects, sets: by name.
         drift: distance of the tuned model from the base, None when it was not measured.
     """
 
@@ -32,6 +33,7 @@ class Evaluation:
     warnings: list[str] = field(default_factory=list)
     side_effects: dict[str, SideEffect] = field(default_factory=dict)
     drift: Drift | None = None
+    sets: dict[str, SetMetric] = field(default_factory=dict)
 
     @property
     def lost(self) -> Lost:
@@ -43,6 +45,7 @@ class Evaluation:
         return {
             "warnings": self.warnings,
             **self.comparison.as_json(),
+            "sets": {name: metric.as_json() for name, metric in self.sets.items()},
             "side_effects": {name: effect.as_json() for name, effect in self.side_effects.items()},
             "drift": self.drift and self.drift.as_json(),
             "lost": self.lost.as_json(self.comparison),

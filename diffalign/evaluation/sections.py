@@ -17,6 +17,7 @@ from diffalign.evaluation.examples import as_rows, biggest_gains, biggest_losses
 from diffalign.evaluation.grids import Row
 from diffalign.evaluation.pictures import to_uint8
 from diffalign.evaluation.result import Evaluation
+from diffalign.evaluation.set_metrics import SetMetric
 from diffalign.evaluation.side_effects import SideEffect
 
 EXAMPLES = 6
@@ -160,18 +161,32 @@ def side_effects_section(evaluation: Evaluation) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
+def sets_section(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Rewards of whole sets as text; empty when none was measured."""
+    return [_set_numbers(metric) for metric in evaluation.sets.values()]
+
+
+def _set_numbers(metric: SetMetric) -> dict[str, Any]:
+    return _change_numbers(metric) | {"meaning": metric.scale, "n": f"{metric.n} pictures"}
+
+
 def _effect_numbers(effect: SideEffect) -> dict[str, Any]:
+    return _change_numbers(effect) | {
+        "meaning": effect.meaning,
+        "relative": f"{100 * effect.difference / effect.base:+.1f} %" if effect.base else "",
+        "n": f"{effect.n} {effect.unit}",
+    }
+
+
+def _change_numbers(effect: SideEffect | SetMetric) -> dict[str, Any]:
     low, high = effect.interval
     return {
         "name": effect.name,
-        "meaning": effect.meaning,
         "base": f"{effect.base:.4g}",
         "tuned": f"{effect.tuned:.4g}",
         "difference": f"{effect.difference:+.3g}",
         "interval": f"{low:+.3g} to {high:+.3g}",
-        "relative": f"{100 * effect.difference / effect.base:+.1f} %" if effect.base else "",
         "change": effect.change,
-        "n": f"{effect.n} {effect.unit}",
     }
 
 

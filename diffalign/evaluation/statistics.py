@@ -165,6 +165,25 @@ def cluster_bootstrap(
     return float(low), float(high)
 
 
+def jackknife_interval(whole: float, without: ArrayLike, *, level: float = 0.95) -> Interval:
+    """Delete-a-group jackknife interval around a statistic that is no mean (Kott 2001; Efron and Tibshirani 1993, 11).
+
+    Args:
+        whole: the statistic of all groups. without: the statistic without each group in turn `[G]`, groups of about
+            equal size.
+
+    Raises:
+        DiffalignError: fewer than two groups, or a value that is not finite.
+    """
+    left_out = _finite(without)
+    k = len(left_out)
+    if k < 2:
+        raise DiffalignError(f"a jackknife needs at least 2 groups; got {k}")
+    error = float(np.sqrt((k - 1) / k * np.square(left_out - left_out.mean()).sum()))
+    half = float(stats.t.ppf((1 + level) / 2, k - 1)) * error
+    return whole - half, whole + half
+
+
 def _expanded_tail(tail: float, k: int) -> float:
     """Tail probability whose normal quantile equals the t quantile widened by sqrt(K / (K-1))."""
     return float(stats.norm.cdf(np.sqrt(k / (k - 1)) * stats.t.ppf(tail, k - 1)))

@@ -68,6 +68,19 @@ def generated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
+def test_rewards_of_whole_sets_stand_beside_those_of_single_pictures(run: Path) -> None:
+    variety = {"reward": "vendi", "encoder": "pixels:4"}
+    evaluation = evaluate_run(run, rewards=["grey_rewards:brightness", variety])
+    assert list(evaluation.comparison.metrics) == ["brightness"]
+    found = json.loads((run / "evaluation.json").read_text())["sets"]["vendi"]
+    assert 1 <= found["base"] <= 3
+    assert found["difference"] == found["tuned"] - found["base"] != 0
+    assert found["interval"][0] < found["difference"] < found["interval"][1]
+    assert "Whole sets" in (run / "report.html").read_text()
+    with pytest.raises(DiffalignError, match="vendi judges whole sets of pictures only"):
+        evaluate_run(run, rewards=[variety])
+
+
 def test_run_is_compared_with_its_base_and_everything_is_written(run: Path, generated: list[str]) -> None:
     evaluation = evaluate_run(run, seeds_per_prompt=2)
     metric = evaluation.comparison.main

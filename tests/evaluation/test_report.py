@@ -209,7 +209,7 @@ def test_saved_evaluation_gains_the_new_entries(run: Path) -> None:
     save_evaluation(run, evaluation)
     data = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
     assert set(data) == {
-        "warnings", "metrics", "categories", "skipped", "side_effects", "drift", "lost", "implicit_accuracy",
+        "warnings", "metrics", "categories", "skipped", "sets", "side_effects", "drift", "lost", "implicit_accuracy",
         "settings",
     }  # fmt: skip
     assert data["lost"]["flips"]["lit"]["right_to_wrong"] == 3
