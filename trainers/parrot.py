@@ -25,7 +25,7 @@ from diffalign.sampling.collection import Collected
 from diffalign.trainers.online import Losses, OnlineOptions, OnlineTrainer, sample_weights, whole_round
 from diffalign.trainers.online_rows import Rows, StepRows, StepTable
 
-Scaling = Literal["range", "deviation", "raw"]
+Scaling = Literal["range", "deviation", "group", "raw"]
 
 
 class ParrotConfig(OnlineOptions):
@@ -43,8 +43,8 @@ class ParrotConfig(OnlineOptions):
     ones, or those of its prompt."""
     scaling: Scaling = "range"
     """What a reward becomes before dominated samples get 0, among the samples that are for it: range: 0 to 1 between
-    the worst and the best; deviation: standardised, so that some samples of the front are pushed away; raw: as it is,
-    which needs rewards above 0."""
+    the worst and the best; deviation: standardised, so that some samples of the front are pushed away; group: the lead
+    over the mean of the prompt's samples, in deviations of such leads; raw: as it is, which needs rewards above 0."""
     clip_range: float = Field(default=1e-4, gt=0)
     """Ratios outside of 1 +- this have no gradient away from 1; for log-probabilities that are means over elements."""
     worst: list[float] | None = None
@@ -99,11 +99,13 @@ class ParrotTrainer(OnlineTrainer):
         points, places, own = whole["points"], whole.places, whole.own
         front = front_mask(points, places if self.config.scope == "prompt" else torch.zeros_like(places))
         told = whole["numbers"] % collected.samples % len(self.config.rewards)
+        if self.config.scaling == "group":
+            points = leads(points, places)
         values = masked_rewards(points, told, front, self.config.scaling)
         self._value = values[own] * sample_weights(collected, self.config.uncertainty)
         self._table = StepTable(collected, self._noisy_steps(collected))
         self._table.keep(front[own][self._table.sample])
-        return self._table.rows, self._facts(points, front)
+        return self._table.rows, self._facts(whole["points"], front)
 
     def batch(self, rows: Sequence[int], draw: Draw) -> StepRows:
         """Steps of some rows."""
@@ -189,11 +191,25 @@ def masked_rewards(points: Tensor, told: Tensor, front: Tensor, scaling: Scaling
     return torch.where(front, values, 0.0)
 
 
+def leads(points: Tensor, groups: Tensor) -> Tensor:
+    """Points `[N, M]` minus the mean of their group, whose NaNs do not count; a group `[N]` of one leads by 0."""
+    found = points.clone()
+    for group in groups.unique():
+        rows = groups == group
+        found[rows] -= points[rows].nanmean(0)
+    return found
+
+
 def scaled(values: Tensor, scaling: Scaling) -> Tensor:
-    """Values `[N]` between 0 and 1, standardised, or as they are; 1 (range) or 0 (deviation) where all are equal."""
+    """Values `[N]` between 0 and 1, standardised, or as they are; 1 (range) or 0 (deviation) where all are equal.
+
+    `group` divides by the root mean square: leads over a prompt's mean have no other zero.
+    """
     known = values[values.isfinite()]
     if scaling == "raw" or not len(known):
         return values
+    if scaling == "group":
+        return values / known.square().mean().sqrt().clamp(min=1e-8)
     if scaling == "deviation":
         return (values - known.mean()) / known.std(correction=0).clamp(min=1e-8)
     low, high = known.min(), known.max()

@@ -26,6 +26,7 @@ from diffalign.trainers.parrot import (
     ParrotTrainer,
     components,
     front_mask,
+    leads,
     masked_rewards,
     scaled,
 )
@@ -184,6 +185,21 @@ def test_only_the_front_goes_through_the_network(drawn, backbone):
     with counted_forwards(backbone) as calls:
         trainer.loss(batch)
     assert [len(call["x_t"]) for call in calls] == [2 * 9]
+
+
+def test_scaling_by_group_takes_the_lead_over_the_prompts_own_samples(drawn, backbone):
+    trainer = ParrotTrainer(options(scaling="group", worst=[0.0, 0.0]), backbone)
+    _, facts = trainer.learn(with_points(drawn, [[4.0, 3.0], [2.0, 2.0], [1.0, 9.0], [8.0, 1.0]]))
+    # Leads of those for red: 1 and -3.5; of those for dark: -0.5 (not on the front) and -4.
+    red, dark = math.sqrt((1 + 3.5**2) / 2), math.sqrt((0.5**2 + 4**2) / 2)
+    assert trainer._value.tolist() == pytest.approx([1 / red, 0, -3.5 / red, -4 / dark])
+    assert facts["red"] == 3.75
+
+
+def test_leads_leave_out_what_has_no_score():
+    found = leads(torch.tensor([[4.0], [NAN], [1.0], [7.0]]), torch.tensor([0, 0, 1, 2]))
+    assert found[[0, 2, 3], 0].tolist() == [0.0, 0.0, 0.0]
+    assert found[1].isnan()
 
 
 def test_the_loss_is_the_clipped_surrogate_and_starts_at_ratio_one(drawn, backbone):
