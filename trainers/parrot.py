@@ -133,12 +133,10 @@ class ParrotTrainer(OnlineTrainer):
         return steps
 
     def _facts(self, points: Tensor, front: Tensor) -> dict[str, float]:
-        """Share of the front, mean of each reward, hypervolume."""
-        known = points[~points.isnan().any(1)]
+        """Share of the front, hypervolume."""
         found = {"front": float(front.float().mean())}
-        for name, mean in zip(self.config.rewards, known.double().mean(0).tolist(), strict=True):
-            found[name] = mean
         if self.config.worst is not None:
+            known = points[~points.isnan().any(1)]
             found["hypervolume"] = hypervolume(known, torch.tensor(self.config.worst))
         return found
 

@@ -134,6 +134,7 @@ class Rounds:
         self.trainer.collected = collected
         failed = 1.0 - float(good.float().mean())
         found = _moments(known[good]) | {"round/number": float(collected.round)}
+        found |= self._part_means(collected)
         found |= {f"round/{name}_seconds": value for name, value in collected.seconds.items()}
         if failed:
             found["round/failed"] = failed
@@ -147,6 +148,17 @@ class Rounds:
             chosen = self.parallel.gather(collected.chosen)
             measured = measured | self.choose.observe(collected.round, chosen, known)
         return found | {f"round/{name}": value for name, value in measured.items()}
+
+    def _part_means(self, collected: Collected) -> dict[str, float]:
+        """Means of what the reward is made of, over the samples that have them; none if a process has no parts."""
+        found: dict[str, float] = {}
+        if len(set(self._everywhere(len(collected.parts)))) > 1:
+            return found
+        for name in sorted(collected.parts):
+            values = self.parallel.gather(collected.parts[name]).double()
+            if values.isfinite().any():
+                found[f"round/part/{name}"] = float(values[values.isfinite()].mean())
+        return found
 
     def _count_failure(self, failed: float) -> None:
         """Leave a round out.
