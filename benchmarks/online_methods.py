@@ -43,8 +43,20 @@ RECIPES: Mapping[str, str] = {
 """Rows of the table; RLCM tunes `tiny-lcm`, Flow-GRPO `tiny-sd3`, the others `tiny-sdxl`."""
 REWARDS = ("scenes-judge", "scenes-preference")
 """What every evaluation measures."""
-OPTIMISED: Mapping[str, str | None] = {"judge": None, "preference": "scenes-preference"}
-"""What is optimised; None: the recipe's reward, the judge's share of checks that hold."""
+OPTIMISED: Mapping[str, Mapping[str, object]] = {
+    "judge": {},
+    "preference": {"trainer.reward": "scenes-preference"},
+    "ensemble": {
+        "trainer.reward": {
+            "reward": "uwo",
+            "of": ["scenes-preference", "scenes-clip", "scenes-aesthetic"],
+            "normalise": "calibrated",
+        },
+        "trainer.uncertainty": 1.0,
+    },
+}
+"""What is optimised, as settings of the recipe: its own reward (the share of the judge's checks that hold), one weak
+proxy, or different scorers whose disagreement lowers the score and the weight of a sample."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +95,8 @@ def commands(run: Run, folder: Path, samples: int, prompts: int) -> list[list[st
         "evaluation.monitor.num_prompts": 0,
         "evaluation.num_prompts": prompts,
     }
-    if (reward := OPTIMISED[run.reward]) is not None:
-        values["trainer.reward"] = reward
-    words = [f"{key}={value}" for key, value in values.items()]
+    values |= OPTIMISED[run.reward]
+    words = [f"{key}={json.dumps(v) if isinstance(v, dict) else v}" for key, v in values.items()]
     resume = ["--resume"] if (folder / run.name / "checkpoints").is_dir() else []
     return [
         [*program, "train", recipe, f"name={run.name}", *words, *resume],
@@ -191,7 +202,9 @@ def chosen(only: Sequence[str] | None, rewards: Sequence[str], seeds: Sequence[i
 def run_all(
     folder: Folder = Path("runs/online"),
     only: Only = None,
-    reward: Annotated[list[str] | None, typer.Option(help="judge or preference; default judge.")] = None,
+    reward: Annotated[
+        list[str] | None, typer.Option(help="judge, preference or ensemble; default judge.")
+    ] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seeds; default 0.")] = None,
     samples: Annotated[int, typer.Option(help="Samples that each run draws, about.")] = 4096,
     prompts: Annotated[int, typer.Option(help="Held-out prompts.")] = 288,
