@@ -31,7 +31,12 @@ def test_every_cell_is_a_valid_recipe_with_the_budget_asked_for(run, tmp_path):
     options = trainer_config(config)
     assert (config.name, config.seed) == (run.name, run.seed)
     judged = {"reward": "scenes-judge", "measure": "score"}
-    assert options.reward == {"judge": judged, "preference": "scenes-preference"}[run.reward]
+    ensemble = OPTIMISED["ensemble"]["trainer.reward"]
+    assert (
+        options.reward
+        == {"judge": judged, "preference": "scenes-preference", "ensemble": ensemble}[run.reward]
+    )
+    assert options.uncertainty == (1.0 if run.reward == "ensemble" else 0.0)
     rounds = config.optim.steps / (options.updates * options.passes)
     drawn = rounds * options.prompts_per_round * options.samples
     assert 0.9 * 4096 <= drawn <= 1.1 * 4096
@@ -45,7 +50,7 @@ def test_every_cell_is_a_valid_recipe_with_the_budget_asked_for(run, tmp_path):
 
 def test_cells_have_names_of_their_own_and_unknown_methods_are_refused():
     runs = chosen(None, list(OPTIMISED), [0, 1])
-    assert len({run.name for run in runs}) == len(runs) == 4 * len(RECIPES)
+    assert len({run.name for run in runs}) == len(runs) == 2 * len(OPTIMISED) * len(RECIPES)
     with pytest.raises(ValueError, match="should be of: PRDP"):
         chosen(["ppo"], ["judge"], [0])
     with pytest.raises(ValueError, match="should be of: judge, preference"):
