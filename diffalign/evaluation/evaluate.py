@@ -33,7 +33,7 @@ from diffalign.evaluation.report import write_report
 from diffalign.evaluation.result import Evaluation, save_evaluation
 from diffalign.evaluation.set_metrics import measure_sets
 from diffalign.evaluation.side_effects import SideEffect, side_effects
-from diffalign.rewards import Spec, distinct, load_reward, place
+from diffalign.rewards import Reward, Spec, distinct, load_reward, place
 from diffalign.rewards.encoders import load_encoder
 from diffalign.validation import validate_section
 from diffalign.versions import versions
@@ -87,13 +87,8 @@ def evaluate_run(
              guidance=guidance, batch_size=batch_size, seed=seed),
     )  # fmt: skip
     device = _device(device)
-    scorers = distinct([place(load_reward(spec), device) for spec in options.rewards])
-    samples = [scorer for scorer in scorers if scorer.kind == "sample"]
-    if not samples:
-        raise DiffalignError(
-            f"{', '.join(scorer.name for scorer in scorers)} judges whole sets of pictures only; expected at least one "
-            "reward of single pictures beside it, such as scenes-judge or clip"
-        )
+    scorers = _scorers(options, device)
+    samples, sets = ([one for one in scorers if one.kind == kind] for kind in ("sample", "set"))
     features: Any = load_encoder(encoder)
     place(features, device)
     rows = with_seeds(read_prompts(str(options.prompts), options.num_prompts), options.seed, seeds_per_prompt)
@@ -103,7 +98,6 @@ def evaluate_run(
     maker = _Maker(rows, settings, device, progress, drift_pictures, istd_paths)
     made = _both_pictures(maker, run, config, weights, against)
     comparison = compare(made.base, made.tuned, rows, samples, progress=progress)
-    whole = [scorer for scorer in scorers if scorer.kind == "set"]
     evaluation = Evaluation(
         comparison,
         made.base,
@@ -113,11 +107,26 @@ def evaluate_run(
         independence_warnings(scorers, options.rewards, config.trainer) + _skip_warnings(comparison),
         side_effects(made.base, made.tuned, rows, features, progress=progress) | made.path_effects,
         made.drift,
-        measure_sets(made.base, made.tuned, rows, whole, progress=progress),
+        measure_sets(made.base, made.tuned, rows, sets, progress=progress),
     )
     save_evaluation(run, evaluation)
     write_report(run, evaluation)
     return evaluation
+
+
+def _scorers(options: EvaluationConfig, device: str) -> list[Reward]:
+    """The rewards of an evaluation.
+
+    Raises:
+        DiffalignError: none of them is of single pictures.
+    """
+    found = distinct([place(load_reward(spec), device) for spec in options.rewards])
+    if all(scorer.kind == "set" for scorer in found):
+        raise DiffalignError(
+            f"{', '.join(scorer.name for scorer in found)} judges whole sets of pictures only; expected at least one "
+            "reward of single pictures beside it, such as scenes-judge or clip"
+        )
+    return found
 
 
 def _skip_warnings(comparison: Any) -> list[str]:
