@@ -43,6 +43,12 @@ RECIPES: Mapping[str, str] = {
 """Rows of the table; RLCM tunes `tiny-lcm`, Flow-GRPO `tiny-sd3`, the others `tiny-sdxl`."""
 REWARDS = ("scenes-judge", "scenes-preference")
 """What every evaluation measures."""
+COLUMNS: Mapping[str, tuple[str, float]] = {
+    "right, points": ("scenes-judge", 100),
+    "share of checks, points": ("scenes-judge/score", 100),
+    "preference model": ("scenes-preference", 1),
+}
+"""Columns of gains: the metric of an evaluation, and its unit."""
 OPTIMISED: Mapping[str, Mapping[str, object]] = {
     "judge": {},
     "preference": {"trainer.reward": "scenes-preference"},
@@ -128,21 +134,32 @@ def curve(folder: Path, run: Run) -> dict[str, list[float]]:
 
 
 def table(
-    done: Mapping[Run, Mapping[str, Any]], curves: Mapping[Run, Mapping[str, list[float]]]
+    done: Mapping[Run, Mapping[str, Any]],
+    curves: Mapping[Run, Mapping[str, list[float]]],
+    seconds: Mapping[Run, float],
 ) -> list[str]:
-    """Markdown: gain of judge and proxy in points or in their units, samples and seconds, one line per method."""
+    """Markdown: gains in points or in the metric's units, distance, samples and seconds, one line per method."""
     lines = [
-        "| method | optimised | judge, points | preference model | samples | seconds |",
-        "|---|---|---|---|---|---|",
+        f"| method | optimised | {' | '.join(COLUMNS)} | nats | samples | seconds |",
+        f"|---|---|{'---|' * len(COLUMNS)}---|---|---|",
     ]
     for method, reward in dict.fromkeys((run.method, run.reward) for run in done):
         runs = [run for run in done if (run.method, run.reward) == (method, reward)]
-        judge = gain([done[run]["metrics"][REWARDS[0]] for run in runs], 100)
-        proxy = gain([done[run]["metrics"][REWARDS[1]] for run in runs], 1)
+        gains = [
+            gain([done[run]["metrics"][name] for run in runs], factor) for name, factor in COLUMNS.values()
+        ]
+        nats = statistics.mean(done[run]["drift"]["kl"] for run in runs)
         samples = int(max(curves[runs[0]]["samples"], default=0))
-        seconds = statistics.mean(max(curves[run]["seconds"], default=0) for run in runs)
-        lines.append(f"| {method} | {reward} | {judge} | {proxy} | {samples:,} | {seconds:.0f} |")
+        time = statistics.mean(seconds[run] for run in runs)
+        lines.append(f"| {method} | {reward} | {' | '.join(gains)} | {nats:.1f} | {samples:,} | {time:.0f} |")
     return lines
+
+
+def duration(folder: Path, run: Run) -> float:
+    """Seconds of training, to the last line that was written down."""
+    return max(
+        (line.get("seconds", 0.0) for line in read_metrics(folder / run.name / "metrics.jsonl")), default=0.0
+    )
 
 
 def gain(metrics: Sequence[Mapping[str, Any]], factor: float) -> str:
@@ -232,7 +249,7 @@ def write_table(
         if (folder / run.name / "evaluation.json").is_file()
     }
     curves = {run: curve(folder, run) for run in done}
-    text = "\n".join(table(done, curves)) + "\n"
+    text = "\n".join(table(done, curves, {run: duration(folder, run) for run in done})) + "\n"
     if out is None:
         console.print(text, soft_wrap=True)
     else:

@@ -18,6 +18,7 @@ from benchmarks.online_methods import (
     chosen,
     commands,
     curve,
+    duration,
     smoothed,
     table,
 )
@@ -79,20 +80,26 @@ def test_curves_count_samples_up_to_the_end_of_each_round(tmp_path):
 
 def test_the_table_shows_an_interval_for_one_seed_and_the_spread_for_several():
     def judged(points):
-        return {
-            "metrics": {
-                name: {"difference": points / 100, "interval": [points / 100 - 0.02, points / 100 + 0.02]}
-                for name in online_methods.REWARDS
-            }
-        }
+        each = {"difference": points / 100, "interval": [points / 100 - 0.02, points / 100 + 0.02]}
+        names = {name for name, _ in online_methods.COLUMNS.values()}
+        return {"metrics": dict.fromkeys(names, each), "drift": {"kl": points}}
 
     runs = [Run("RAFT", "judge", 0), Run("RAFT", "judge", 1), Run("NFT", "judge", 0)]
     done = dict(zip(runs, map(judged, (4, 6, 3)), strict=True))
     curves = {key: {"samples": [64, 128], "seconds": [5.0, 9.0], "reward": [0.0, 1.0]} for key in runs}
-    lines = table(done, curves)
+    lines = table(done, curves, dict(zip(runs, (9.0, 11.0, 3.0), strict=True)))
     assert lines[2].startswith("| RAFT | judge | +5.0 ± 1.4 (+4.0, +6.0) |")
     assert lines[3].startswith("| NFT | judge | +3.0 (+1.0 to +5.0) |")
-    assert lines[2].endswith("| 128 | 9 |")
+    assert lines[2].endswith("| 5.0 | 128 | 10 |")
+    assert [line.count("|") for line in lines] == [9] * 4
+
+
+def test_seconds_are_those_of_the_last_line(tmp_path):
+    run = Run("RAFT", "judge", 0)
+    (tmp_path / run.name).mkdir()
+    lines = [{"step": 0, "round/reward": 0.5, "seconds": 3.0}, {"step": 4, "loss": 1.0, "seconds": 8.0}]
+    (tmp_path / run.name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert duration(tmp_path, run) == 8.0
 
 
 def test_running_means():
