@@ -4,7 +4,8 @@
     python -m benchmarks.online_methods table --folder runs/online --plot docs/images/online_methods.png
 
 A cell is an ordinary `diffalign train` and `diffalign evaluate` in processes of their own. Finished cells are kept, and
-unfinished ones are resumed. Curves are the mean reward of each round's own samples, over samples and over seconds.
+unfinished ones are resumed. Curves are the gain on fixed held-out prompts over samples drawn and over seconds, at four
+looks: the means of rounds scatter with their prompts by as much as is gained.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from benchmarks.processes import run_commands
-from diffalign.config import load_recipe, trainer_config
+from diffalign.config import load_recipe, load_run_config, trainer_config
 from diffalign.metrics import read_metrics
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
@@ -43,6 +44,10 @@ RECIPES: Mapping[str, str] = {
 """Rows of the table; RLCM tunes `tiny-lcm`, Flow-GRPO `tiny-sd3`, the others `tiny-sdxl`."""
 REWARDS = ("scenes-judge", "scenes-preference")
 """What every evaluation measures."""
+WATCHED = "scenes-judge-score"
+"""What the curves show: the share of the judge's checks that hold."""
+LOOKS = 4
+"""Looks of a run after that at the base."""
 COLUMNS: Mapping[str, tuple[str, float]] = {
     "right, points": ("scenes-judge", 100),
     "share of checks, points": ("scenes-judge/score", 100),
@@ -90,19 +95,21 @@ def commands(run: Run, folder: Path, samples: int, prompts: int) -> list[list[st
     """Training and evaluation of a cell."""
     program, recipe = [sys.executable, "-m", "diffalign"], RECIPES[run.method]
     steps, _ = budget(recipe, samples)
+    watched = [REWARDS[0], {"reward": REWARDS[0], "measure": "score"}]
     values: dict[str, object] = {
         "output_dir": folder,
         "data.cache_dir": folder / "cache",
         "seed": run.seed,
         "model.precision": "bf16",
         "optim.steps": steps,
-        "checkpoint.every": max(1, steps // 4),
-        "evaluation.every": 0,
-        "evaluation.monitor.num_prompts": 0,
+        "checkpoint.every": max(1, steps // LOOKS),
+        "evaluation.every": max(1, steps // LOOKS),
+        "evaluation.rewards": watched,
+        "evaluation.monitor.num_prompts": prompts // 2,
         "evaluation.num_prompts": prompts,
     }
     values |= OPTIMISED[run.reward]
-    words = [f"{key}={json.dumps(v) if isinstance(v, dict) else v}" for key, v in values.items()]
+    words = [f"{key}={json.dumps(v) if isinstance(v, dict | list) else v}" for key, v in values.items()]
     resume = ["--resume"] if (folder / run.name / "checkpoints").is_dir() else []
     return [
         [*program, "train", recipe, f"name={run.name}", *words, *resume],
@@ -123,19 +130,21 @@ def run_cell(run: Run, folder: Path, samples: int, prompts: int, threads: int) -
 
 
 def curve(folder: Path, run: Run) -> dict[str, list[float]]:
-    """Mean reward of each round's samples, over samples drawn before the round's end and over seconds."""
-    _, each = budget(RECIPES[run.method], 1)
-    rounds = [line for line in read_metrics(folder / run.name / "metrics.jsonl") if "round/reward" in line]
+    """Gain of the watched reward in points at every look, over samples drawn before and seconds since the first."""
+    options = trainer_config(load_run_config(folder / run.name))
+    each = int(options.prompts_per_round) * int(options.samples)
+    name = f"monitor/{WATCHED}"
+    looks = [line for line in read_metrics(folder / run.name / "metrics.jsonl") if name in line]
     return {
-        "samples": [(line["round/number"] + 1) * each for line in rounds],
-        "seconds": [line["seconds"] for line in rounds],
-        "reward": [line["round/reward"] for line in rounds],
+        "samples": [line["step"] // (options.updates * options.passes) * each for line in looks],
+        "seconds": [line["seconds"] - looks[0]["seconds"] for line in looks],
+        "gain": [100 * (line[name] - looks[0][name]) for line in looks],
     }
 
 
 def table(
     done: Mapping[Run, Mapping[str, Any]],
-    curves: Mapping[Run, Mapping[str, list[float]]],
+    samples: Mapping[Run, int],
     seconds: Mapping[Run, float],
 ) -> list[str]:
     """Markdown: gains in points or in the metric's units, distance, samples and seconds, one line per method."""
@@ -149,10 +158,17 @@ def table(
             gain([done[run]["metrics"][name] for run in runs], factor) for name, factor in COLUMNS.values()
         ]
         nats = statistics.mean(done[run]["drift"]["kl"] for run in runs)
-        samples = int(max(curves[runs[0]]["samples"], default=0))
+        drawn = samples[runs[0]]
         time = statistics.mean(seconds[run] for run in runs)
-        lines.append(f"| {method} | {reward} | {' | '.join(gains)} | {nats:.1f} | {samples:,} | {time:.0f} |")
+        lines.append(f"| {method} | {reward} | {' | '.join(gains)} | {nats:.1f} | {drawn:,} | {time:.0f} |")
     return lines
+
+
+def drawn_samples(folder: Path, run: Run) -> int:
+    """Samples of all rounds of a run, which need not be those of the recipe of today."""
+    options = trainer_config(load_run_config(folder / run.name))
+    rounds = [line for line in read_metrics(folder / run.name / "metrics.jsonl") if "round/reward" in line]
+    return len(rounds) * int(options.prompts_per_round) * int(options.samples)
 
 
 def duration(folder: Path, run: Run) -> float:
@@ -172,27 +188,29 @@ def gain(metrics: Sequence[Mapping[str, Any]], factor: float) -> str:
     return f"{statistics.mean(values):+.1f} ± {statistics.stdev(values):.1f} ({each})"
 
 
-def smoothed(values: Sequence[float], width: int = 5) -> list[float]:
-    """Running mean over the last `width` values."""
-    return [statistics.mean(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))]
+def averaged(curves: Sequence[Mapping[str, list[float]]]) -> dict[str, list[float]]:
+    """Mean of the curves of some seeds, look by look."""
+    keys = curves[0].keys()
+    return {key: [statistics.mean(v) for v in zip(*(c[key] for c in curves), strict=False)] for key in keys}
 
 
 def draw(curves: Mapping[Run, Mapping[str, list[float]]], path: Path) -> None:
-    """Reward of the samples over their number (left) and over seconds (right), a line per run."""
+    """Gain over samples drawn (left) and over seconds (right), a line per method."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    colours = {method: f"C{number}" for number, method in enumerate(RECIPES)}
-    named: set[str] = set()
-    for run, found in curves.items():
-        label = None if run.method in named else run.method
-        named.add(run.method)
+    for number, method in enumerate(RECIPES):
+        own = [found for run, found in curves.items() if run.method == method and found["gain"]]
+        if not own:
+            continue
+        mean = averaged(own)
+        label = f"{method}, {len(own)} seeds" if len(own) > 1 else method
         for axes, key in zip(panels, ("samples", "seconds"), strict=True):
-            values = smoothed(found["reward"])
-            axes.plot(found[key], values, color=colours[run.method], label=label, lw=1.3)
-    for axes, title in zip(panels, ("samples drawn", "seconds"), strict=True):
+            axes.plot(mean[key], mean["gain"], color=f"C{number}", label=label, lw=1.3, marker="o", ms=3)
+    for axes, title in zip(panels, ("samples drawn", "seconds, looks included"), strict=True):
+        axes.axhline(0, color="0.6", lw=0.8)
         axes.set_xlabel(title)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("mean reward of the round's samples")
+    panels[0].set_ylabel("share of the judge's checks that hold, points over the base")
     panels[0].legend(fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -248,14 +266,14 @@ def write_table(
         for run in chosen(None, list(OPTIMISED), range(10))
         if (folder / run.name / "evaluation.json").is_file()
     }
-    curves = {run: curve(folder, run) for run in done}
-    text = "\n".join(table(done, curves, {run: duration(folder, run) for run in done})) + "\n"
+    samples = {run: drawn_samples(folder, run) for run in done}
+    text = "\n".join(table(done, samples, {run: duration(folder, run) for run in done})) + "\n"
     if out is None:
         console.print(text, soft_wrap=True)
     else:
         out.write_text(text, encoding="utf-8")
     if plot is not None:
-        draw({run: found for run, found in curves.items() if run.reward == "judge"}, plot)
+        draw({run: curve(folder, run) for run in done if run.reward == "judge"}, plot)
 
 
 if __name__ == "__main__":

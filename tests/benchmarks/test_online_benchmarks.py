@@ -14,15 +14,15 @@ from benchmarks.online_methods import (
     OPTIMISED,
     RECIPES,
     Run,
-    budget,
+    averaged,
     chosen,
     commands,
     curve,
+    drawn_samples,
     duration,
-    smoothed,
     table,
 )
-from diffalign.config import load_recipe, trainer_config
+from diffalign.config import load_recipe, save_config, trainer_config
 
 
 @pytest.mark.parametrize("run", chosen(None, list(OPTIMISED), [0, 1]), ids=lambda run: run.name)
@@ -65,17 +65,42 @@ def test_an_interrupted_cell_is_resumed(tmp_path):
     assert commands(run, tmp_path, 100, 8)[0][-1] == "--resume"
 
 
-def test_curves_count_samples_up_to_the_end_of_each_round(tmp_path):
-    run = Run("RAFT", "judge", 0)
-    _, each = budget(RECIPES["RAFT"], 1)
-    (tmp_path / run.name).mkdir()
+@pytest.fixture
+def finished(tmp_path):
+    """A run of four rounds with looks at the start, in the middle and at the end."""
+    run = Run("RLCM", "judge", 0)
+    folder = tmp_path / run.name
+    folder.mkdir()
+    save_config(load_recipe("scenes/rlcm"), folder / "config.yaml")
     lines = [
-        {"step": 0, "round/number": 0, "round/reward": 0.5, "seconds": 3.0},
-        {"step": 1, "loss": 1.0, "seconds": 4.0},
-        {"step": 4, "round/number": 1, "round/reward": 0.75, "seconds": 7.0},
+        {"step": 0, "round/reward": 0.5, "seconds": 4.0},
+        {"step": 0, "monitor/scenes-judge-score": 0.5, "seconds": 3.0},
+        {"step": 1, "loss": 1.0, "seconds": 5.0},
+        *({"step": 16 * n, "round/reward": 0.5, "seconds": 9.0} for n in (1, 2, 3)),
+        {"step": 32, "monitor/scenes-judge-score": 0.52, "seconds": 20.0},
+        {"step": 64, "monitor/scenes-judge-score": 0.55, "seconds": 43.0},
     ]
-    (tmp_path / run.name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert curve(tmp_path, run) == {"samples": [each, 2 * each], "seconds": [3.0, 7.0], "reward": [0.5, 0.75]}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run, tmp_path
+
+
+def test_curves_are_gains_at_looks_over_samples_drawn_before(finished):
+    run, folder = finished
+    found = curve(folder, run)
+    assert found["samples"] == [0, 2048, 4096]
+    assert found["seconds"] == [0.0, 17.0, 40.0]
+    assert found["gain"] == pytest.approx([0.0, 2.0, 5.0])
+    assert (drawn_samples(folder, run), duration(folder, run)) == (4096, 43.0)
+
+
+def test_curves_of_seeds_are_averaged_look_by_look_and_drawn(tmp_path):
+    one = {"samples": [0, 64], "seconds": [0.0, 2.0], "gain": [0.0, 3.0]}
+    two = {"samples": [0, 64, 128], "seconds": [0.0, 4.0, 8.0], "gain": [0.0, 5.0, 9.0]}
+    assert averaged([one, two]) == {"samples": [0, 64], "seconds": [0.0, 3.0], "gain": [0.0, 4.0]}
+    runs = {Run("RLCM", "judge", 0): one, Run("RLCM", "judge", 1): two}
+    unwatched = {Run("NFT", "judge", 0): {"samples": [], "seconds": [], "gain": []}}
+    online_methods.draw(runs | unwatched, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
 def test_the_table_shows_an_interval_for_one_seed_and_the_spread_for_several():
@@ -86,24 +111,11 @@ def test_the_table_shows_an_interval_for_one_seed_and_the_spread_for_several():
 
     runs = [Run("RAFT", "judge", 0), Run("RAFT", "judge", 1), Run("NFT", "judge", 0)]
     done = dict(zip(runs, map(judged, (4, 6, 3)), strict=True))
-    curves = {key: {"samples": [64, 128], "seconds": [5.0, 9.0], "reward": [0.0, 1.0]} for key in runs}
-    lines = table(done, curves, dict(zip(runs, (9.0, 11.0, 3.0), strict=True)))
+    lines = table(done, dict.fromkeys(runs, 128), dict(zip(runs, (9.0, 11.0, 3.0), strict=True)))
     assert lines[2].startswith("| RAFT | judge | +5.0 ± 1.4 (+4.0, +6.0) |")
     assert lines[3].startswith("| NFT | judge | +3.0 (+1.0 to +5.0) |")
     assert lines[2].endswith("| 5.0 | 128 | 10 |")
     assert [line.count("|") for line in lines] == [9] * 4
-
-
-def test_seconds_are_those_of_the_last_line(tmp_path):
-    run = Run("RAFT", "judge", 0)
-    (tmp_path / run.name).mkdir()
-    lines = [{"step": 0, "round/reward": 0.5, "seconds": 3.0}, {"step": 4, "loss": 1.0, "seconds": 8.0}]
-    (tmp_path / run.name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert duration(tmp_path, run) == 8.0
-
-
-def test_running_means():
-    assert smoothed([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
 
 
 def test_a_watched_run_is_a_valid_recipe(tmp_path):
