@@ -161,11 +161,14 @@ def course(choices: int, share: float, rounds: int = ROUNDS) -> Course:
 # A run
 
 
-def run_rounds(run: Path) -> dict[str, list[float]]:
-    """What a run wrote down of its rounds: mean and variance of the reward, and of what was kept, by round.
+def run_rounds(run: Path, parts: Sequence[str] = ()) -> dict[str, list[float]]:
+    """What a run wrote down of its rounds: mean and variance of the reward, of what was kept, and of parts, by round.
+
+    Args:
+        parts: names of what the reward is made of.
 
     Raises:
-        DiffalignError: it is no online run.
+        DiffalignError: it is no online run, or its reward has no such part.
     """
     file = run / "metrics.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
@@ -182,6 +185,15 @@ def run_rounds(run: Path) -> dict[str, list[float]]:
     }
     if all("round/kept_reward" in line for line in ordered):
         found["kept_reward"] = [line["round/kept_reward"] for line in ordered]
+    for part in parts:
+        if f"round/part/{part}" not in ordered[0]:
+            known = [
+                name.removeprefix("round/part/") for name in ordered[0] if name.startswith("round/part/")
+            ]
+            raise DiffalignError(
+                f"{run} wrote down no part {part!r} of its reward; it has: {', '.join(known) or 'none'}."
+            )
+        found[part] = [line[f"round/part/{part}"] for line in ordered]
     return found
 
 
@@ -217,16 +229,19 @@ def draw_theory(courses: Sequence[Course], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def draw_runs(runs: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """Mean and variance of the reward by round, of what was drawn (lines) and of what was kept (dots)."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    axes = figure.subplots(1, 2)
+def draw_runs(runs: dict[str, dict[str, list[float]]], path: Path, parts: Sequence[str] = ()) -> None:
+    """Mean and variance of the reward and of its parts by round, of what was drawn (lines) and was kept (dots)."""
+    figure = Figure(figsize=(4.5 * (2 + len(parts)), 3.4), layout="constrained")
+    axes = figure.subplots(1, 2 + len(parts))
     for name, found in runs.items():
         (line,) = axes[0].plot(found["round"], found["reward"], label=name)
         if "kept_reward" in found:
             axes[0].plot(found["round"], found["kept_reward"], ".", color=line.get_color(), markersize=3)
         axes[1].plot(found["round"], found["variance"], color=line.get_color())
-    for axis, label in zip(axes, ("mean reward", "variance of the reward"), strict=True):
+        for axis, part in zip(axes[2:], parts, strict=True):
+            axis.plot(found["round"], found[part], color=line.get_color())
+    labels = ("mean reward", "variance of the reward", *(f"mean {part}" for part in parts))
+    for axis, label in zip(axes, labels, strict=True):
         axis.set_xlabel("round")
         axis.set_title(label, fontsize=10)
     axes[0].legend(fontsize=8)
@@ -237,14 +252,18 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for figures and numbers.")],
     runs: Annotated[list[Path] | None, typer.Option(help="Folders of runs to read.")] = None,
     rounds: Annotated[int, typer.Option(help="Rounds of the finite model.")] = ROUNDS,
+    part: Annotated[
+        list[str] | None, typer.Option(help="Parts of the runs' reward that are drawn, too.")
+    ] = None,
 ) -> None:
     """Work out the theory's loops, and read those of runs."""
     out.mkdir(parents=True, exist_ok=True)
     courses = [course(choices, share, rounds) for choices, share in SETTINGS]
     draw_theory(courses, out / "theory.png")
-    found = {run.name: run_rounds(run) for run in runs or []}
+    parts = part or []
+    found = {run.name: run_rounds(run, parts) for run in runs or []}
     if found:
-        draw_runs(found, out / "runs.png")
+        draw_runs(found, out / "runs.png", parts)
     numbers: dict[str, Any] = {"theory": [asdict(each) for each in courses], "runs": found}
     (out / "self_consuming.json").write_text(json.dumps(numbers, indent=2), encoding="utf-8")
     for each in courses:
@@ -257,6 +276,7 @@ def main(
         typer.echo(
             f"{name}: {len(values['round'])} rounds, trend of the reward {trend(values['reward']):+.4f}, of its "
             f"variance {trend(values['variance']):+.5f}"
+            + "".join(f", of {name} {trend(values[name]):+.4f}" for name in parts)
         )
 
 

@@ -25,6 +25,7 @@ def run_folder(folder: Path, numbers: list[int]) -> Path:
                 "round/reward": n,
                 "round/reward_std": n / 2,
                 "round/kept_reward": n + 1,
+                "round/part/brightness": n / 10,
             }
         )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -39,6 +40,16 @@ def test_rounds_are_read_once_each_and_in_order(tmp_path):
         "variance": [0, 0.25, 1],
         "kept_reward": [1, 2, 3],
     }
+
+
+def test_parts_of_the_reward_are_read_and_unknown_ones_refused(tmp_path):
+    run = run_folder(tmp_path / "run", [0, 1, 2])
+    assert study.run_rounds(run, ["brightness"])["brightness"] == [0, 0.1, 0.2]
+    with pytest.raises(DiffalignError, match="no part 'colour' of its reward; it has: brightness"):
+        study.run_rounds(run, ["colour"])
+    study.main(tmp_path / "out", [run], rounds=3, part=["brightness"])
+    numbers = json.loads((tmp_path / "out" / "self_consuming.json").read_text())
+    assert numbers["runs"]["run"]["brightness"] == [0, 0.1, 0.2]
 
 
 @pytest.mark.parametrize("lines", ["", '{"step": 1, "loss": 0.5}\n'])
