@@ -239,7 +239,9 @@ class FrechetExchange:
         centred = (self.features - self.mean) / math.sqrt(count - 1)
         self._lengths = centred.square().sum(1)
         # A row that goes, or comes, changes the scatter by its square about the mean of the others, weight (n - 1) / n.
-        self._spectrum: RowSpectrum = row_spectrum(centred @ self.reference.factor, count / (count - 1))
+        self._spectrum: RowSpectrum = row_spectrum(
+            centred @ self.reference.factor, count / (count - 1), centred=True
+        )
         self._traces = self._lengths.sum() + self.reference.factor.square().sum()
         self._overlap = self._spectrum.values.sum()
 

@@ -71,16 +71,46 @@ class RowSpectrum:
         return (added - inside @ self.right.T).square().sum(1)
 
 
-def row_spectrum(rows: Tensor, weight: float) -> RowSpectrum:
-    """Decompose rows `[n, r]` in float64; `weight` is the `w` of this module's first lines."""
-    left, values, right = torch.linalg.svd(rows, full_matrices=False)
+def row_spectrum(rows: Tensor, weight: float, *, centred: bool) -> RowSpectrum:
+    """Decompose rows `[n, r]` in float64.
+
+    Args:
+        weight: the `w` of this module's first lines. centred: the rows' sum is 0, so that the vector of ones is no
+            direction of theirs. It is taken out before decomposing: left vectors of tiny singular values are off by
+            rounding over those values, and what they would have of it counts as a direction of the row's own.
+    """
+    shared = _without_ones(rows) if centred else rows
+    left, values, right = torch.linalg.svd(shared, full_matrices=False)
+    complete = left.shape[0] == left.shape[1]
+    left = _with_ones(left) if centred else left
     rounding = max(rows.shape) * torch.finfo(rows.dtype).eps
     null = values <= rounding * values.max()
-    left = left.masked_fill(null, 0.0)
-    gap = 1 / weight - left.square().sum(1)
+    gap = left[:, null].square().sum(1)
+    if not complete:
+        gap = gap + (1 / weight - left.square().sum(1)).clamp(min=0)
     # A gap within rounding is none: it would stand for a direction of its own that does not exist.
     gap = torch.where(gap > 8 * rounding, gap, 0.0)
-    return RowSpectrum(left, values.masked_fill(null, 0.0), right.T, weight, gap)
+    return RowSpectrum(left.masked_fill(null, 0.0), values.masked_fill(null, 0.0), right.T, weight, gap)
+
+
+def _without_ones(rows: Tensor) -> Tensor:
+    """Rows `[n, r]` in coordinates `[n - 1, r]` of what is orthogonal to the vector of ones (Householder)."""
+    mirror = _mirror(rows)
+    return rows[1:] - torch.outer(mirror[1:], mirror @ rows)
+
+
+def _with_ones(left: Tensor) -> Tensor:
+    """Back to `[n, k]` from those coordinates `[n - 1, k]`."""
+    padded = torch.cat([left.new_zeros(1, left.shape[1]), left])
+    mirror = _mirror(padded)
+    return padded - torch.outer(mirror, mirror @ padded)
+
+
+def _mirror(rows: Tensor) -> Tensor:
+    """`v [n]` with `1 - v v^T` the reflection that swaps the vector of ones, normed and negated, and the first axis."""
+    mirror = rows.new_full((len(rows),), len(rows) ** -0.5)
+    mirror[0] += 1
+    return mirror * math.sqrt(2 / float(mirror @ mirror))
 
 
 def sqrt_change(spectrum: RowSpectrum, rows: Tensor, added: Tensor) -> Tensor:

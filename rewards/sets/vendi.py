@@ -101,7 +101,7 @@ class VendiExchange:
             self._kernel = self.features @ self.features.T
 
     def _decompose(self) -> None:
-        self._spectrum = row_spectrum(self.features / math.sqrt(len(self.features)), 1.0)
+        self._spectrum = row_spectrum(self.features / math.sqrt(len(self.features)), 1.0, centred=False)
         values = self._spectrum.values.square()
         self._entropy = -torch.xlogy(values, values).sum()
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -131,6 +131,8 @@ def test_statistics_stream_and_unstream(tmp_path):
     outlier=st.sampled_from([1e-6, 1.0, 1e4]),
     seed=st.integers(0, 1000),
 )
+# A mode twelve decades below the largest, whose left vector rounding mixes with the vector of ones.
+@example(n=4, d=4, reference_size=4, log_scale=0, decay=-8.0, outlier=1e-6, seed=0)
 def test_swapped_equals_recomputed(n, d, reference_size, log_scale, decay, outlier, seed):
     widths = 10**log_scale * torch.logspace(0, decay, d, dtype=torch.float64)
     features, reference = normal(n, d, seed=seed) * widths, normal(reference_size, d, seed=seed + 1) * widths
@@ -143,8 +145,7 @@ def test_swapped_equals_recomputed(n, d, reference_size, log_scale, decay, outli
     changed = [replaced(features, int(row), v) for row, v in zip(rows, candidates, strict=True)]
     for value, new in zip(found, changed, strict=True):
         scale = float(new.var(0).sum() + reference.var(0).sum())
-        # The promised accuracy: rank-deficient sets with widths eight decades apart come near it.
-        assert float(value) == pytest.approx(float(frechet_distance(new, reference)), abs=1e-6 * scale)
+        assert float(value) == pytest.approx(float(frechet_distance(new, reference)), abs=1e-7 * scale)
     torch.testing.assert_close(exchange.swapped(1, candidates)[1], found[1])
 
 
