@@ -84,17 +84,21 @@ class Run:
         return f"{self.method.replace(' ', '-')}-{self.reward}-s{self.seed}"
 
 
-def budget(recipe: str, samples: int) -> tuple[int, int]:
-    """Optimiser steps in which a recipe draws about this many samples, and the samples of one of its rounds."""
+def budget(recipe: str, samples: int) -> int:
+    """Optimiser steps in which a recipe draws about this many samples."""
     options = trainer_config(load_recipe(recipe))
-    each = options.prompts_per_round * options.samples
-    return max(1, round(samples / each)) * options.updates * options.passes, each
+    return max(1, round(samples / round_size(options))) * int(options.updates * options.passes)
+
+
+def round_size(options: Any) -> int:
+    """Samples that a round of a trainer's options draws."""
+    return int(options.prompts_per_round * options.samples)
 
 
 def commands(run: Run, folder: Path, samples: int, prompts: int) -> list[list[str]]:
     """Training and evaluation of a cell."""
     program, recipe = [sys.executable, "-m", "diffalign"], RECIPES[run.method]
-    steps, _ = budget(recipe, samples)
+    steps = budget(recipe, samples)
     watched = [REWARDS[0], {"reward": REWARDS[0], "measure": "score"}]
     values: dict[str, object] = {
         "output_dir": folder,
@@ -132,7 +136,7 @@ def run_cell(run: Run, folder: Path, samples: int, prompts: int, threads: int) -
 def curve(folder: Path, run: Run) -> dict[str, list[float]]:
     """Gain of the watched reward in points at every look, over samples drawn before and seconds since the first."""
     options = trainer_config(load_run_config(folder / run.name))
-    each = int(options.prompts_per_round) * int(options.samples)
+    each = round_size(options)
     name = f"monitor/{WATCHED}"
     looks = [line for line in read_metrics(folder / run.name / "metrics.jsonl") if name in line]
     return {
@@ -168,7 +172,7 @@ def drawn_samples(folder: Path, run: Run) -> int:
     """Samples of all rounds of a run, which need not be those of the recipe of today."""
     options = trainer_config(load_run_config(folder / run.name))
     rounds = [line for line in read_metrics(folder / run.name / "metrics.jsonl") if "round/reward" in line]
-    return len(rounds) * int(options.prompts_per_round) * int(options.samples)
+    return len(rounds) * round_size(options)
 
 
 def duration(folder: Path, run: Run) -> float:

@@ -23,6 +23,46 @@ from diffalign.evaluation.statistics import (
 Change = Literal["better", "worse", "no difference"]
 
 
+def better_or_worse(interval: Interval) -> Change:
+    """Of a difference where higher is better: better or worse only when its interval leaves out 0."""
+    low, high = interval
+    return "better" if low > 0 else "worse" if high < 0 else "no difference"
+
+
+@dataclass(frozen=True)
+class Shift:
+    """A number of each model that is no mean of scores, and its change.
+
+    Fields:
+        name, meaning: what it is. base, tuned: its values. difference, interval: tuned minus base, 95 %. n: how many it
+        is from.
+    """
+
+    name: str
+    meaning: str
+    base: float
+    tuned: float
+    difference: float
+    interval: Interval
+    n: int
+
+    @property
+    def change(self) -> str:
+        """What the interval says."""
+        raise NotImplementedError
+
+    def as_json(self) -> dict[str, Any]:
+        """The numbers as they stand in `evaluation.json`."""
+        return {
+            "base": self.base,
+            "tuned": self.tuned,
+            "difference": self.difference,
+            "interval": list(self.interval),
+            "verdict": self.change,
+            "n": self.n,
+        }
+
+
 @dataclass(frozen=True)
 class Scores:
     """One metric of every picture `[N]`, NaN where it does not apply; `std`: the scorer's own uncertainty."""
@@ -71,8 +111,7 @@ class Metric:
     @property
     def change(self) -> Change:
         """Better or worse only when the interval of the difference leaves out 0."""
-        low, high = self.interval
-        return "better" if low > 0 else "worse" if high < 0 else "no difference"
+        return better_or_worse(self.interval)
 
     def as_json(self) -> dict[str, Any]:
         """Numbers of the metric as they stand in `evaluation.json`."""

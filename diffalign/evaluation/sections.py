@@ -15,6 +15,7 @@ from diffalign.evaluation.charts import Line, bars, forest
 from diffalign.evaluation.compare import Comparison, Metric
 from diffalign.evaluation.examples import as_rows, biggest_gains, biggest_losses, random_rows
 from diffalign.evaluation.grids import Row
+from diffalign.evaluation.metric import Shift
 from diffalign.evaluation.pictures import to_uint8
 from diffalign.evaluation.result import Evaluation
 from diffalign.evaluation.set_metrics import SetMetric
@@ -167,21 +168,21 @@ def sets_section(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 
 def _set_numbers(metric: SetMetric) -> dict[str, Any]:
-    return _change_numbers(metric) | {"meaning": metric.scale, "n": f"{metric.n} pictures"}
+    return _change_numbers(metric) | {"n": f"{metric.n} pictures"}
 
 
 def _effect_numbers(effect: SideEffect) -> dict[str, Any]:
     return _change_numbers(effect) | {
-        "meaning": effect.meaning,
         "relative": f"{100 * effect.difference / effect.base:+.1f} %" if effect.base else "",
         "n": f"{effect.n} {effect.unit}",
     }
 
 
-def _change_numbers(effect: SideEffect | SetMetric) -> dict[str, Any]:
+def _change_numbers(effect: Shift) -> dict[str, Any]:
     low, high = effect.interval
     return {
         "name": effect.name,
+        "meaning": effect.meaning,
         "base": f"{effect.base:.4g}",
         "tuned": f"{effect.tuned:.4g}",
         "difference": f"{effect.difference:+.3g}",

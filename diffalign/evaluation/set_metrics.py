@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import DiffalignError
-from diffalign.evaluation.metric import Change
+from diffalign.evaluation.metric import Change, Shift, better_or_worse
 from diffalign.evaluation.pictures import Progress, silent
 from diffalign.evaluation.prompts import EvalPrompt
 from diffalign.evaluation.scoring import Images, unique_names
-from diffalign.evaluation.statistics import Interval, jackknife_interval
+from diffalign.evaluation.statistics import jackknife_interval
 from diffalign.rewards.base import Reward
 from diffalign.rewards.guard import ask
 from diffalign.rewards.sets.rewards import SetReward
@@ -30,41 +30,23 @@ BATCH = 32
 
 
 @dataclass(frozen=True)
-class SetMetric:
-    """One reward of all pictures of either model.
+class SetMetric(Shift):
+    """One reward of all pictures of either model; higher is better.
 
     Fields:
-        scale: what the values mean; higher is better. difference, interval: tuned minus base, 95 %. n: pictures of a
-        model. prompts: different ones.
+        meaning: the scale of the values. n: pictures of a model. prompts: different ones.
     """
 
-    name: str
-    scale: str
-    base: float
-    tuned: float
-    difference: float
-    interval: Interval
-    n: int
     prompts: int
 
     @property
     def change(self) -> Change:
         """Better or worse only when the interval leaves out 0."""
-        low, high = self.interval
-        return "better" if low > 0 else "worse" if high < 0 else "no difference"
+        return better_or_worse(self.interval)
 
     def as_json(self) -> dict[str, Any]:
         """The entry of `sets` in `evaluation.json`."""
-        return {
-            "base": self.base,
-            "tuned": self.tuned,
-            "difference": self.difference,
-            "interval": list(self.interval),
-            "verdict": self.change,
-            "n": self.n,
-            "prompts": self.prompts,
-            "scale": self.scale,
-        }
+        return {**super().as_json(), "prompts": self.prompts, "scale": self.meaning}
 
 
 def measure_sets(

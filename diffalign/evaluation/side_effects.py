@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffalign.evaluation.metric import Shift
 from diffalign.evaluation.pictures import Progress, silent
 from diffalign.evaluation.prompts import EvalPrompt
 from diffalign.evaluation.scoring import Array, Images
-from diffalign.evaluation.statistics import Interval, PairedDifference, cluster_bootstrap, paired_difference
+from diffalign.evaluation.statistics import PairedDifference, cluster_bootstrap, paired_difference
 from diffalign.rewards.diagnostics import log_sharpness, saturation
 
 if TYPE_CHECKING:
@@ -27,21 +28,13 @@ BATCH = 32
 
 
 @dataclass(frozen=True)
-class SideEffect:
-    """A property of both models' pictures that is not good or bad by itself.
+class SideEffect(Shift):
+    """A property of both models' pictures that is not good or bad by itself; its values are means.
 
     Fields:
-        name, meaning: what it is. base, tuned: means. difference, interval: tuned minus base, 95 %.
-        n: pictures, prompts or prompts with several seeds behind it, as `unit` says.
+        unit: what `n` counts: pictures, prompts or prompts with several seeds.
     """
 
-    name: str
-    meaning: str
-    base: float
-    tuned: float
-    difference: float
-    interval: Interval
-    n: int
     unit: str
 
     @property
@@ -52,16 +45,7 @@ class SideEffect:
 
     def as_json(self) -> dict[str, Any]:
         """The entry of `side_effects` in `evaluation.json`."""
-        return {
-            "base": self.base,
-            "tuned": self.tuned,
-            "difference": self.difference,
-            "interval": list(self.interval),
-            "verdict": self.change,
-            "n": self.n,
-            "unit": self.unit,
-            "meaning": self.meaning,
-        }
+        return {**super().as_json(), "unit": self.unit, "meaning": self.meaning}
 
 
 DIAGNOSTICS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
