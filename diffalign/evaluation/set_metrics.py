@@ -21,7 +21,7 @@ from diffalign.evaluation.pictures import Progress, silent
 from diffalign.evaluation.prompts import EvalPrompt
 from diffalign.evaluation.scoring import Images, unique_names
 from diffalign.evaluation.statistics import jackknife_interval
-from diffalign.rewards.base import Reward
+from diffalign.rewards import Reward, facts_of
 from diffalign.rewards.guard import ask
 from diffalign.rewards.sets.rewards import SetReward
 
@@ -82,7 +82,7 @@ def measure_sets(
         change = (after - before).numpy()
         interval = jackknife_interval(float(change[0]), change[1:])
         values = float(before[0]), float(after[0])
-        scale = getattr(getattr(reward, "facts", None), "scale", "")
+        scale = facts_of(reward).scale
         found[name] = SetMetric(name, scale, *values, float(change[0]), interval, len(texts), len(places))
     return found
 
