@@ -10,7 +10,6 @@ an interrupted matrix goes on where it stopped. What is in the matrix stands in 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +29,7 @@ from benchmarks.method_cells import (
     table,
     table_of_settings,
 )
-from benchmarks.processes import run_commands
+from benchmarks.processes import Threads, run_commands, shared_out
 from benchmarks.relabelled import relabelled_name, write_relabelled
 from benchmarks.wrong_attributes import write_pairs
 
@@ -96,16 +95,17 @@ def run(
     share: Annotated[list[float] | None, typer.Option(help="Shares of flipped labels; default all.")] = None,
     steps: Annotated[int, typer.Option(help="Optimiser steps of 16 pairs.")] = 200,
     prompts: Annotated[int, typer.Option(help="Held-out prompts.")] = 288,
-    jobs: Annotated[int, typer.Option(help="Cells at once; the cores are shared out.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Cells at once.")] = 1,
+    threads: Threads = None,
 ) -> None:
     """Run the cells that are not done."""
     known = cells(group, only, backbone or list(BACKBONES), seed or [0])
     chosen = [cell for cell in known if not share or cell.flipped in share]
     folder.mkdir(parents=True, exist_ok=True)
     make_data(chosen, folder)
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    each = threads or shared_out(jobs)
     with ThreadPoolExecutor(jobs) as pool:
-        for line in pool.map(lambda cell: run_cell(cell, folder, steps, prompts, threads), chosen):
+        for line in pool.map(lambda cell: run_cell(cell, folder, steps, prompts, each), chosen):
             console.print(line)
 
 

@@ -15,7 +15,6 @@ A row is an ordinary `diffalign optimize` in a process of its own. Finished rows
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from benchmarks.processes import run_commands
+from benchmarks.processes import Threads, run_commands, shared_out
 from diffalign.evaluation.statistics import paired_difference
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
@@ -225,7 +224,7 @@ def run_all(
     prompts: Annotated[
         int | None, typer.Option(help="Held-out prompts; default the group's own number.")
     ] = None,
-    threads: Annotated[int, typer.Option(help="Of each row; default all cores.")] = os.cpu_count() or 1,
+    threads: Threads = None,
 ) -> None:
     """Run the rows that are not done."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -234,7 +233,9 @@ def run_all(
             done = folder / folder_name(name, row)
             if (only and row not in only) or (done / "result.json").is_file():
                 continue
-            wrong = run_commands([command(name, row, folder, prompts)], done.with_suffix(".log"), threads)
+            wrong = run_commands(
+                [command(name, row, folder, prompts)], done.with_suffix(".log"), threads or shared_out(1)
+            )
             console.print(f"{name}, {row}: {wrong or 'done'}")
 
 

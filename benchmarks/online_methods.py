@@ -11,7 +11,6 @@ looks: the means of rounds scatter with their prompts by as much as is gained.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ import typer
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmarks.processes import run_commands
+from benchmarks.processes import Threads, run_commands, shared_out
 from diffalign.config import load_recipe, load_run_config, trainer_config
 from diffalign.metrics import read_metrics
 
@@ -247,14 +246,15 @@ def run_all(
     seed: Annotated[list[int] | None, typer.Option(help="Seeds; default 0.")] = None,
     samples: Annotated[int, typer.Option(help="Samples that each run draws, about.")] = 4096,
     prompts: Annotated[int, typer.Option(help="Held-out prompts.")] = 288,
-    jobs: Annotated[int, typer.Option(help="Runs at once; the cores are shared out.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Runs at once.")] = 1,
+    threads: Threads = None,
 ) -> None:
     """Run the cells that are not done."""
     folder.mkdir(parents=True, exist_ok=True)
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    each = threads or shared_out(jobs)
     with ThreadPoolExecutor(jobs) as pool:
         wanted = chosen(only, reward or ["judge"], seed or [0])
-        for line in pool.map(lambda run: run_cell(run, folder, samples, prompts, threads), wanted):
+        for line in pool.map(lambda run: run_cell(run, folder, samples, prompts, each), wanted):
             console.print(line)
 
 

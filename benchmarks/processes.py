@@ -6,6 +6,17 @@ import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Threads = Annotated[int | None, typer.Option(min=1, help="Of each; default the cores, shared out.")]
+"""The option for how many threads each of the processes has."""
+
+
+def shared_out(jobs: int) -> int:
+    """Threads of each of `jobs` processes that run at once."""
+    return max(1, (os.cpu_count() or 1) // jobs)
 
 
 def run_commands(commands: Sequence[Sequence[str]], log: Path, threads: int, mode: str = "w") -> str:
