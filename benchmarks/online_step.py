@@ -66,6 +66,7 @@ def recipe(precision: str, prompts: int, samples: int, steps: int, batch: int) -
             "trainer.passes=1",
             "trainer.filter_flat=false",
             "trainer.fraction=1",
+            "trainer.sampling.window=null",
             f"trainer.sampling.steps={steps}",
             f"optim.batch_size={batch}",
         ],
