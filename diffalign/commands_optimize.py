@@ -161,9 +161,12 @@ def _show(found: Any, folder: Path) -> None:
 
     console, stages = Console(), list(found.rewards)
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    for heading in ("reward", *stages, "95 % interval"):
-        table.add_column(heading, justify="left" if heading == "reward" else "right", overflow="fold")
-    for name, row in summary(found).items():
+    rows = summary(found)
+    table.add_column("reward", overflow="fold", no_wrap=max(map(len, rows), default=0) <= 20)
+    for heading in stages:
+        table.add_column(heading, justify="right", overflow="fold")
+    table.add_column("95 % interval", justify="right", no_wrap=True)
+    for name, row in rows.items():
         interval = row.get("interval")
         cells = [f"{row[stage]:.4g}" if stage in row else "" for stage in stages]
         table.add_row(name, *cells, f"{interval[0]:+.3g} to {interval[1]:+.3g}" if interval else "")
