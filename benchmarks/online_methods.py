@@ -65,8 +65,8 @@ OPTIMISED: Mapping[str, Mapping[str, object]] = {
         "trainer.uncertainty": 1.0,
     },
 }
-"""What is optimised, as settings of the recipe: its own reward (the share of the judge's checks that hold), one weak
-proxy, or different scorers whose disagreement lowers the score and the weight of a sample."""
+"""What is optimised, as settings of the recipe: its own reward (the judge: right or wrong, or the share of its checks),
+one weak proxy, or different scorers whose disagreement lowers the score and the weight of a sample."""
 
 
 @dataclass(frozen=True)
