@@ -9,8 +9,6 @@ Finished runs are kept, so more methods can be added to a plot.
 from __future__ import annotations
 
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.method_cells import BACKBONES, METHODS, cell
+from benchmarks.processes import Threads, run_commands, shared_out
 from diffalign.metrics import read_metrics
 
 NAME = "monitor/scenes-judge"
@@ -75,7 +74,7 @@ def main(
     steps: Annotated[int, typer.Option(min=1)] = 200,
     every: Annotated[int, typer.Option(min=1, help="Steps between looks.")] = 25,
     prompts: Annotated[int, typer.Option(min=2, help="Held-out prompts of a look.")] = 288,
-    threads: Annotated[int, typer.Option(min=1)] = os.cpu_count() or 1,
+    threads: Threads = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the curves here.")] = None,
 ) -> None:
     """Train what is not done, and show the curves."""
@@ -84,10 +83,10 @@ def main(
     for name in method:
         run = folder / cell(name, backbone, 0).name
         if not (run / "final").is_dir():
-            with (folder / f"{run.name}.log").open("w", encoding="utf-8") as stream:
-                words = command(name, backbone, folder, steps, every, prompts)
-                environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-                subprocess.run(words, stdout=stream, stderr=subprocess.STDOUT, env=environment, check=True)
+            words = command(name, backbone, folder, steps, every, prompts)
+            wrong = run_commands([words], folder / f"{run.name}.log", threads or shared_out(1))
+            if wrong:
+                raise RuntimeError(f"{run.name}: {wrong}")
         curves[name] = curve(run)
     table = Table(title=f"Judge, % right of {prompts} held-out prompts")
     for heading in ("method", *(str(step) for step, *_ in next(iter(curves.values())))):

@@ -31,10 +31,13 @@ def test_every_cell_is_a_valid_recipe_with_the_budget_asked_for(run, tmp_path):
     config = load_recipe(train[4], train[5:])
     options = trainer_config(config)
     assert (config.name, config.seed) == (run.name, run.seed)
-    if run.reward == "judge":
-        assert options.reward in ("scenes-judge", {"reward": "scenes-judge", "measure": "score"})
-    else:
-        assert options.reward == OPTIMISED[run.reward]["trainer.reward"]
+    share = {"reward": "scenes-judge", "measure": "score"}
+    judged = "scenes-judge" if run.method == "DDPO" else share
+    ensemble = OPTIMISED["ensemble"]["trainer.reward"]
+    assert (
+        options.reward
+        == {"judge": judged, "preference": "scenes-preference", "ensemble": ensemble}[run.reward]
+    )
     assert options.uncertainty == (1.0 if run.reward == "ensemble" else 0.0)
     rounds = config.optim.steps / (options.updates * options.passes)
     drawn = rounds * options.prompts_per_round * options.samples
